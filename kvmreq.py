@@ -1,0 +1,509 @@
+"""The command: a parser, and one short function for each verb. Results go to stdout, notes to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tracer.errors import CommandFailed, KvmreqError
+
+EXIT_ERROR = 1
+
+_DESCRIPTION = "Proves on a live KVM host which vCPU requests were lost, above all pending shutdowns of guests."
+_STATUS = "exit status: 0 nothing lost, 1 error, 2 usage, 3 something was lost, 4 something is undecided"
+
+
+def note(text: str) -> None:
+    """Say something that is not a result."""
+    print(f"kvmreq: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """One line on a terminal that tells how far a long wait has come; nothing where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty() and sys.stdout.isatty()
+        self._last = time.monotonic()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Show a state, at most twice a second and never within the first second."""
+        now = time.monotonic()
+        if self._shown and now - self._last >= (0.5 if self._width else 1.0):
+            self._last = now
+            text = text[:78]
+            print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._width:
+            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+            self._width = 0
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for the end; the work in hand is finished first."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.wanted = True
+        self.number = number
+
+
+def _default_directory(prefix: str) -> Path:
+    return Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _wish(arguments: argparse.Namespace) -> Any:
+    from tracer.recorder import Wish
+
+    return Wish(
+        engine=arguments.engine,
+        requests=[name for part in arguments.requests for name in part.split(",")],
+        full=arguments.detail == "full",
+        pids=arguments.pid,
+        ring_bytes=arguments.ring << 20,
+    )
+
+
+def _start_command(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command)
+    except OSError as error:
+        raise CommandFailed(
+            f"{shlex.join(command)} cannot be run: {os.strerror(error.errno or 0)}", hint="check the command after --"
+        ) from error
+
+
+def _follower(style: str, names: Callable[[], dict[int, str]]) -> tuple[Any, Callable[[Any], None]]:
+    """Return what prints each lifecycle as it ends, and what prints those that are open when the recording ends."""
+    from analysis.lifecycle import Lifecycles
+    from reports import document, judged, text, words
+    from tracer import host
+
+    core = Lifecycles(names())
+    clock = words.Clock(host.clock_pair())
+    if style == "text":
+        print(text.live_heading(), flush=True)
+
+    def show(table: Any, guests: Any) -> None:
+        for row in document.records(table):
+            if style == "json":
+                print(json.dumps(document.one_lifecycle(row)), flush=True)
+            else:
+                guest = guests.get(row["vm"])
+                known = judged.Guest(
+                    vm=row["vm"],
+                    pid=row["pid"],
+                    name=words.guest(guest.name if guest else None, row["pid"]),
+                    vmm=judged.vmm(guest.vmm if guest else None),
+                    cap=None,
+                    vcpus=0,
+                )
+                print(text.live(row, known, clock), flush=True)
+
+    last: dict[str, Any] = {"guests": {}}
+
+    def follow(batch: Any, loss: Any, guests: Any) -> None:
+        last["guests"] = guests
+        if len(batch):
+            show(core.feed(batch, blind=loss.blind > 0).lifecycles, guests)
+
+    def finish(loss: Any) -> None:
+        show(core.finish(loss).lifecycles, last["guests"])
+
+    return follow, finish
+
+
+def record(arguments: argparse.Namespace) -> int:
+    """Trace this host into a recording."""
+    stop = Stop()
+    command = arguments.command
+    if command and not shutil.which(command[0]):
+        raise CommandFailed(f"{command[0]}: command not found", hint="check the command after --")
+
+    from tracer.recorder import Recorder, watched
+
+    path = arguments.output or _default_directory("kvmreq")
+    wish = _wish(arguments)
+    recorder = Recorder(path, wish)
+    recorder.start()
+    child: subprocess.Popen[bytes] | None = None
+    finish = None
+    try:
+        if arguments.follow:
+            recorder.follower, finish = _follower(arguments.format, partial(watched, wish))
+        for line in recorder.notes:
+            note(line)
+        until = "until Ctrl-C" if not command and arguments.duration is None else "live"
+        note(f"recording into {path} with the {recorder.plan.engine} engine, {until}")
+        child = _start_command(command) if command else None
+        _wait(recorder, child, stop, arguments.duration)
+        _end_of_command(child, stop)
+    finally:
+        recorder.stop()
+    if finish is not None:
+        finish(recorder.loss())
+    loss = recorder.loss()
+    note(
+        f"{recorder.events} events of {len(recorder.guests)} VMs in {path}"
+        + (f", {loss.total} LOST: see kvmreq report" if loss.total else "")
+    )
+    if child is not None and child.returncode:
+        told = child.returncode
+        if told < 0 and not stop.wanted:
+            raise CommandFailed(
+                f"{command[0]} was killed by {signal.Signals(-told).name}", hint=f"the recording {path} is whole"
+            )
+        note(f"{command[0]} ended with status {told}")
+    return 0
+
+
+def _wait(recorder: Any, child: subprocess.Popen[bytes] | None, stop: Stop, duration_s: float | None) -> None:
+    progress = Progress()
+    began = time.monotonic()
+    pids = recorder.wish.pids
+    while not stop.wanted:
+        recorder.poll()
+        passed = time.monotonic() - began
+        progress.show(f"recording: {passed:.0f} s, {recorder.events} events, {len(recorder.guests)} VMs")
+        if child is not None and child.poll() is not None:
+            break
+        if duration_s is not None and passed >= duration_s:
+            break
+        if pids and not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            note("every process that was to be traced has ended")
+            break
+    progress.clear()
+
+
+def _end_of_command(child: subprocess.Popen[bytes] | None, stop: Stop) -> None:
+    """When the recording is told to end, so is the command; Ctrl-C on a terminal has reached it already."""
+    if child is None or child.poll() is not None:
+        return
+    child.send_signal(stop.number or signal.SIGTERM)
+    try:
+        child.wait(5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Print what became of each request in one or several recordings."""
+    from analysis.judge import judge
+    from analysis.latency import by_request
+    from analysis.verdicts import EXIT_LOST, EXIT_NOTHING_LOST, EXIT_UNDECIDED
+    from tracer.recording import Recording
+
+    recordings = [Recording.open(path) for path in arguments.recording]
+    judged = []
+    progress = Progress()
+    for recording in recordings:
+        progress.show(f"reading {recording.path}")
+        judged.append((recording, judge(recording)))
+    progress.clear()
+    _print_report(arguments.format, [judgement for _, judgement in judged])
+    if arguments.html is not None:
+        from analysis.judge import story
+        from reports import html
+
+        html.write(
+            arguments.html,
+            [
+                html.Source(judgement, by_request(judgement.lifecycles), partial(story, recording))
+                for recording, judgement in judged
+            ],
+        )
+        note(f"{arguments.html} written")
+    for recording, judgement in judged:
+        if not judgement.clean:
+            note(f"{recording.path} did not end cleanly: what came after its last segment is not in it")
+    damaged = [f"{recording.path}/{part}" for recording, judgement in judged for part in judgement.left_out]
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        note(f"{damaged[0]}{more} (left out: what it held is undecided; restore it from a copy)")
+        return EXIT_ERROR
+    statuses = {judgement.exit_status for _, judgement in judged}
+    return next((status for status in (EXIT_LOST, EXIT_UNDECIDED) if status in statuses), EXIT_NOTHING_LOST)
+
+
+def _print_report(style: str, judgements: Sequence[Any]) -> None:
+    from analysis.latency import by_request
+    from reports import document, table, text
+
+    if style == "json":
+        documents = [document.document(judgement) for judgement in judgements]
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
+    elif style == "csv":
+        import pandas as pd
+
+        print(table.lifecycles_csv(pd.concat([judgement.lifecycles for judgement in judgements])), end="")
+    else:
+        print("\n".join(text.report(judgement, by_request(judgement.lifecycles)) for judgement in judgements), end="")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check everything that tracing needs, report all of it, and prove it on a scratch VM."""
+    from tracer.doctor import examine
+    from tracer.doctor import text as doctor_text
+
+    findings = examine()
+    print(json.dumps(findings, indent=1) if arguments.json else doctor_text(findings))
+    return 0 if findings["works"] else EXIT_ERROR
+
+
+def lab(arguments: argparse.Namespace) -> int:
+    """List the scenarios, or run one."""
+    from lab import runner
+
+    if arguments.action == "list":
+        for scenario, reason in runner.runnable():
+            print(f"{scenario.name:<24}{scenario.title}" + (f"\n{'':<24}cannot run here: {reason}" if reason else ""))
+        return 0
+    runner.run(arguments.scenario, repeat=arguments.repeat, vms=arguments.vms)
+    print(f"{arguments.scenario}: ran as KVM should")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Trace every scenario that this host can run: verdicts and an HTML report."""
+    from functools import partial as bound
+
+    from analysis.judge import judge, story
+    from analysis.latency import by_request
+    from lab import runner
+    from reports import html, text
+    from tracer.recorder import Recorder, Wish
+    from tracer.recording import Recording
+
+    stop = Stop()
+    path = arguments.output or _default_directory("kvmreq-demo")
+    recorder = Recorder(path, Wish(engine=arguments.engine))
+    recorder.start()
+    note(f"tracing with the {recorder.plan.engine} engine into {path}")
+    runs: list[tuple[str, int]] = []
+    try:
+        recorder.poll(0)
+        for scenario, reason in runner.runnable():
+            if stop.wanted:
+                break
+            if reason is not None:
+                note(f"{scenario.name}: cannot run here: {reason}")
+                continue
+            runs.append((scenario.name, time.clock_gettime_ns(time.CLOCK_MONOTONIC)))
+            note(f"{scenario.name}: {scenario.title}")
+            child = subprocess.Popen(
+                [sys.executable, "-m", "lab", "run", scenario.name],
+                stdout=subprocess.DEVNULL,
+                cwd=Path(__file__).resolve().parent,
+            )
+            while child.poll() is None:
+                recorder.poll(0.01)
+            if child.returncode:
+                raise KvmreqError(
+                    f"the scenario {scenario.name} failed with status {child.returncode}",
+                    hint=f"kvmreq lab run {scenario.name} runs it alone",
+                )
+    finally:
+        recorder.stop()
+    recording = Recording.open(path)
+    judgement = judge(recording)
+    print(text.report(judgement, by_request(judgement.lifecycles)), end="")
+    page = path / "report.html"
+    html.write(page, [html.Source(judgement, by_request(judgement.lifecycles), bound(story, recording))])
+    wrong = _unexpected(judgement, runs)
+    print()
+    print(f"{len(runs) - len(wrong)} of {len(runs)} scenarios got the verdict that they must get; report: {page}")
+    for line in wrong:
+        note(line)
+    return EXIT_ERROR if wrong else 0
+
+
+def _unexpected(judgement: Any, runs: Sequence[tuple[str, int]]) -> list[str]:
+    """Return what differs from what the scenarios must give; which run a VM belongs to is told by when it began."""
+    from lab.scenarios import SCENARIOS
+
+    wrong = []
+    begins = [began for _, began in runs] + [2**63]
+    first = judgement.vms.set_index("vm")["first_ns"]
+    began = judgement.lifecycles["vm"].map(first)
+    for (name, begin), end in zip(runs, begins[1:], strict=True):
+        rows = judgement.lifecycles[(began >= begin) & (began < end)]
+        expected = SCENARIOS[name].expect
+        keys = set.intersection(*(set(one) for one in expected)) - {"vm"} if expected else {"end"}
+        seen = sorted(str([row[key] for key in sorted(keys)]) for row in rows.to_dict("records"))
+        must = sorted(str([one[key] for key in sorted(keys)]) for one in map(dict, expected))
+        if seen != must:
+            wrong.append(f"{name}: {sorted(keys)} should be {must}, and is {seen}")
+    return wrong
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines) + f"\n\n{_STATUS}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        "kvmreq",
+        description=_DESCRIPTION,
+        formatter_class=raw,
+        epilog=_examples("kvmreq doctor", "kvmreq record -o monday -- sleep 60", "kvmreq report monday"),
+    )
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], *examples: str) -> argparse.ArgumentParser:
+        words = (run.__doc__ or "").splitlines()[0]
+        made = verbs.add_parser(
+            name, help=words, description=words, formatter_class=raw, epilog=_examples(*examples), allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        return made
+
+    engines = ("auto", "kprobe", "tracepoint")
+    one = verb("doctor", doctor, "kvmreq doctor", "kvmreq doctor --json | jq .engines")
+    one.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+    one = verb(
+        "record",
+        record,
+        "kvmreq record                          # this host, until Ctrl-C",
+        "kvmreq record -o out --duration 60     # for a minute",
+        "kvmreq record -p 4711 --follow         # one VMM, each verdict as it falls",
+        "kvmreq record -- virsh migrate --live vm1 qemu+ssh://other/system",
+    )
+    one.usage = (
+        "kvmreq record [-o DIR] [--engine E] [--requests NAME,...] [--detail D]\n"
+        "                     [--duration S] [-p PID]... [--follow [--format F]] [--] [COMMAND ...]"
+    )
+    one.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to record (default: kvmreq-DATE-TIME)")
+    one.add_argument("--engine", choices=engines, default="auto", help="how to hook KVM (default: the best that works)")
+    one.add_argument(
+        "--requests",
+        action="append",
+        metavar="NAME,...",
+        help="requests to watch, by KVM's names, or all (default: triple_fault)",
+    )
+    one.add_argument(
+        "--detail",
+        choices=("boundary", "full"),
+        default="boundary",
+        help="full: every ioctl boundary (default: %(default)s)",
+    )
+    one.add_argument("--duration", type=_seconds, metavar="S", help="end after so many seconds")
+    one.add_argument("-p", "--pid", type=_positive, action="append", default=[], help="trace only this VMM; repeatable")
+    one.add_argument("--follow", action="store_true", help="print each lifecycle within a second of its end")
+    one.add_argument("--format", choices=("text", "json"), default="text", help="of --follow (default: %(default)s)")
+    one.add_argument(
+        "--ring", type=_ring, default=32, metavar="MIB", help="size of the event ring (default: %(default)s)"
+    )
+    one.add_argument(
+        "command", nargs="*", metavar="COMMAND", help="record while this runs; all VMs of the host are traced"
+    )
+
+    one = verb(
+        "report",
+        report,
+        "kvmreq report DIR",
+        "kvmreq report DIR --html report.html",
+        "kvmreq report DIR --format json | jq .summary",
+    )
+    one.add_argument("recording", nargs="+", type=Path, metavar="DIR", help="a recording")
+    one.add_argument("--format", choices=("text", "json", "csv"), default="text", help="(default: %(default)s)")
+    one.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with figures")
+
+    one = verb("lab", lab, "kvmreq lab list", "kvmreq lab run lost", "kvmreq record -- kvmreq lab run lost --repeat 23")
+    actions = one.add_subparsers(required=True, dest="action", metavar="list|run")
+    actions.add_parser("list", help="list the scenarios")
+    run = actions.add_parser("run", help="run a scenario, to be traced from elsewhere")
+    run.add_argument("scenario", metavar="SCENARIO")
+    run.add_argument("--repeat", type=_positive, default=1, metavar="N", help="so often in a row")
+    run.add_argument("--vms", type=_positive, default=1, metavar="N", help="in so many threads at once")
+
+    one = verb("demo", demo, "kvmreq demo", "kvmreq demo -o demo")
+    one.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="where to record (default: kvmreq-demo-DATE-TIME)"
+    )
+    one.add_argument("--engine", choices=engines, default="auto", help="how to hook KVM (default: the best that works)")
+    return top
+
+
+def _ring(text: str) -> int:
+    value = int(text)
+    if value < 1 or value & (value - 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a power of two")
+    return value
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Whatever a user can cause ends in one line, and never in a traceback."""
+    from lab.kvm import LabError
+
+    def fail(text: str) -> NoReturn:
+        note(" ".join(text.split()))
+        sys.exit(EXIT_ERROR)
+
+    try:
+        yield
+    except (KvmreqError, LabError) as error:
+        fail(str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        fail("interrupted")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error} (check that it exists and that you may use it)")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    arguments = parser().parse_args(words)
+    if getattr(arguments, "requests", None) is None:
+        arguments.requests = ["triple_fault"]
+    with _one_line():
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,628 @@
+"""KVM's user-space interface as far as the scenarios need it: structs, ioctls, and Kvm, Vm and Vcpu.
+
+A vCPU lives until the last reference to its VM is gone, not until its fd is closed: the kvm_run mapping holds
+one too. So nothing here is closed behind the caller's back, and ``with`` closes in the order that is written.
+
+Everything is named as in uapi linux/kvm.h and asm/kvm.h; a test compares the numbers and offsets with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from types import TracebackType
+from typing import TypeVar
+
+# --- errors -------------------------------------------------------------------------------------------------
+#
+#   LabError              what failed, why, and what to do about it
+#     CallFailed          a system call: carries its errno
+#     TimedOut            KVM_RUN had to be ended by force
+
+
+class LabError(Exception):
+    """The lab cannot go on."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+
+
+_HINTS: Mapping[int, str] = {
+    errno.EACCES: "run as root, or as a member of the group that owns /dev/kvm",
+    errno.EBADF: "it has been closed",
+    errno.EBUSY: "another hypervisor may hold the CPU's virtualization",
+    errno.EIO: "a VM can only be used by the process that created it",
+    errno.ENODEV: "load kvm_intel or kvm_amd",
+    errno.ENOENT: "load kvm_intel or kvm_amd",
+}
+
+
+class CallFailed(LabError):
+    """A system call failed with ``errno``."""
+
+    def __init__(self, call: str, number: int) -> None:
+        name = errno.errorcode.get(number, str(number))
+        super().__init__(f"{call} failed: {name}, {os.strerror(number)}", hint=_HINTS.get(number, ""))
+        self.errno = number
+
+
+class TimedOut(LabError):
+    """KVM_RUN did not return in time and was ended."""
+
+
+# --- structs ------------------------------------------------------------------------------------------------
+
+
+class KvmRegs(ctypes.Structure):
+    """struct kvm_regs."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+            *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+            *("rip", "rflags"),
+        )
+    ]
+
+
+class KvmSegment(ctypes.Structure):
+    """struct kvm_segment."""
+
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("limit", ctypes.c_uint32),
+        ("selector", ctypes.c_uint16),
+        *((name, ctypes.c_uint8) for name in ("type", "present", "dpl", "db", "s", "l", "g", "avl")),
+        *((name, ctypes.c_uint8) for name in ("unusable", "padding")),
+    ]
+
+
+class KvmDtable(ctypes.Structure):
+    """struct kvm_dtable."""
+
+    _fields_ = [("base", ctypes.c_uint64), ("limit", ctypes.c_uint16), ("padding", ctypes.c_uint16 * 3)]
+
+
+class KvmSregs(ctypes.Structure):
+    """struct kvm_sregs."""
+
+    _fields_ = [
+        *((name, KvmSegment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        *((name, KvmDtable) for name in ("gdt", "idt")),
+        *((name, ctypes.c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", ctypes.c_uint64 * 4),
+    ]
+
+
+class _EventsException(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint8) for name in ("injected", "nr", "has_error_code", "pending")),
+        ("error_code", ctypes.c_uint32),
+    ]
+
+
+class _EventsInterrupt(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint8) for name in ("injected", "nr", "soft", "shadow")]
+
+
+class _EventsNmi(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint8) for name in ("injected", "pending", "masked", "pad")]
+
+
+class _EventsSmi(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint8) for name in ("smm", "pending", "smm_inside_nmi", "latched_init")]
+
+
+class _EventsTripleFault(ctypes.Structure):
+    _fields_ = [("pending", ctypes.c_uint8)]
+
+
+class KvmVcpuEvents(ctypes.Structure):
+    """struct kvm_vcpu_events.
+
+    triple_fault took a reserved byte in Linux commit ed2351174e38 ("KVM: x86: Extend
+    KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0): the size never changed.
+    """
+
+    _fields_ = [
+        ("exception", _EventsException),
+        ("interrupt", _EventsInterrupt),
+        ("nmi", _EventsNmi),
+        ("sipi_vector", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("smi", _EventsSmi),
+        ("triple_fault", _EventsTripleFault),
+        ("reserved", ctypes.c_uint8 * 26),
+        ("exception_has_payload", ctypes.c_uint8),
+        ("exception_payload", ctypes.c_uint64),
+    ]
+
+
+class KvmX86Mce(ctypes.Structure):
+    """struct kvm_x86_mce."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("status", "addr", "misc", "mcg_status")),
+        ("bank", ctypes.c_uint8),
+        ("pad1", ctypes.c_uint8 * 7),
+        ("pad2", ctypes.c_uint64 * 3),
+    ]
+
+
+class KvmUserspaceMemoryRegion(ctypes.Structure):
+    """struct kvm_userspace_memory_region."""
+
+    _fields_ = [
+        ("slot", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("guest_phys_addr", "memory_size", "userspace_addr")),
+    ]
+
+
+class KvmEnableCap(ctypes.Structure):
+    """struct kvm_enable_cap."""
+
+    _fields_ = [
+        ("cap", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("args", ctypes.c_uint64 * 4),
+        ("pad", ctypes.c_uint8 * 64),
+    ]
+
+
+class KvmMpState(ctypes.Structure):
+    """struct kvm_mp_state."""
+
+    _fields_ = [("mp_state", ctypes.c_uint32)]
+
+
+class _RunIo(ctypes.Structure):
+    _fields_ = [
+        ("direction", ctypes.c_uint8),
+        ("size", ctypes.c_uint8),
+        ("port", ctypes.c_uint16),
+        ("count", ctypes.c_uint32),
+        ("data_offset", ctypes.c_uint64),
+    ]
+
+
+class _RunMmio(ctypes.Structure):
+    _fields_ = [
+        ("phys_addr", ctypes.c_uint64),
+        ("data", ctypes.c_uint8 * 8),
+        ("len", ctypes.c_uint32),
+        ("is_write", ctypes.c_uint8),
+    ]
+
+
+class _RunInternal(ctypes.Structure):
+    _fields_ = [("suberror", ctypes.c_uint32), ("ndata", ctypes.c_uint32), ("data", ctypes.c_uint64 * 16)]
+
+
+class _RunExit(ctypes.Union):
+    _fields_ = [
+        ("io", _RunIo),
+        ("mmio", _RunMmio),
+        ("internal", _RunInternal),
+        ("padding", ctypes.c_char * 256),
+    ]
+
+
+class KvmRun(ctypes.Structure):
+    """struct kvm_run: of its unions, the members that a scenario reads.
+
+    immediate_exit came with Linux commit 460df4c1fc7c ("KVM: race-free exit from KVM_RUN without POSIX
+    signals") (in v4.11).
+    """
+
+    _anonymous_ = ("exit",)
+    _fields_ = [
+        ("request_interrupt_window", ctypes.c_uint8),
+        ("immediate_exit", ctypes.c_uint8),
+        ("padding1", ctypes.c_uint8 * 6),
+        ("exit_reason", ctypes.c_uint32),
+        ("ready_for_interrupt_injection", ctypes.c_uint8),
+        ("if_flag", ctypes.c_uint8),
+        ("flags", ctypes.c_uint16),
+        ("cr8", ctypes.c_uint64),
+        ("apic_base", ctypes.c_uint64),
+        ("exit", _RunExit),
+        ("kvm_valid_regs", ctypes.c_uint64),
+        ("kvm_dirty_regs", ctypes.c_uint64),
+        ("s", ctypes.c_char * 2048),
+    ]
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+# _IO, _IOR and _IOW of uapi asm-generic/ioctl.h, with KVMIO as their type.
+def _io(number: int, size: int = 0, direction: int = 0) -> int:
+    return direction << 30 | size << 16 | 0xAE << 8 | number
+
+
+def _iow(number: int, struct: type[ctypes.Structure | ctypes.c_uint64]) -> int:
+    return _io(number, ctypes.sizeof(struct), 1)
+
+
+def _ior(number: int, struct: type[ctypes.Structure]) -> int:
+    return _io(number, ctypes.sizeof(struct), 2)
+
+
+class Ioctl(IntEnum):
+    """The ioctls that the lab uses."""
+
+    KVM_GET_API_VERSION = _io(0x00)
+    KVM_CREATE_VM = _io(0x01)
+    KVM_CHECK_EXTENSION = _io(0x03)
+    KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+    KVM_CREATE_VCPU = _io(0x41)
+    KVM_SET_USER_MEMORY_REGION = _iow(0x46, KvmUserspaceMemoryRegion)
+    KVM_SET_TSS_ADDR = _io(0x47)
+    KVM_CREATE_IRQCHIP = _io(0x60)
+    KVM_RUN = _io(0x80)
+    KVM_GET_REGS = _ior(0x81, KvmRegs)
+    KVM_SET_REGS = _iow(0x82, KvmRegs)
+    KVM_GET_SREGS = _ior(0x83, KvmSregs)
+    KVM_SET_SREGS = _iow(0x84, KvmSregs)
+    KVM_GET_MP_STATE = _ior(0x98, KvmMpState)
+    KVM_SET_MP_STATE = _iow(0x99, KvmMpState)
+    KVM_X86_SETUP_MCE = _iow(0x9C, ctypes.c_uint64)
+    KVM_X86_SET_MCE = _iow(0x9E, KvmX86Mce)
+    KVM_GET_VCPU_EVENTS = _ior(0x9F, KvmVcpuEvents)
+    KVM_SET_VCPU_EVENTS = _iow(0xA0, KvmVcpuEvents)
+    KVM_ENABLE_CAP = _iow(0xA3, KvmEnableCap)
+
+
+class Cap(IntEnum):
+    """The capabilities that the lab asks for."""
+
+    KVM_CAP_IRQCHIP = 0
+    KVM_CAP_MP_STATE = 14
+    KVM_CAP_MCE = 31
+    KVM_CAP_SYNC_REGS = 74
+    KVM_CAP_IMMEDIATE_EXIT = 136
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
+
+
+class Exit(IntEnum):
+    """The exit reasons that a scenario expects or explains."""
+
+    KVM_EXIT_IO = 2
+    KVM_EXIT_HLT = 5
+    KVM_EXIT_MMIO = 6
+    KVM_EXIT_SHUTDOWN = 8
+    KVM_EXIT_FAIL_ENTRY = 9
+    KVM_EXIT_INTR = 10
+    KVM_EXIT_INTERNAL_ERROR = 17
+
+
+class MpState(IntEnum):
+    """kvm_mp_state.mp_state."""
+
+    KVM_MP_STATE_RUNNABLE = 0
+    KVM_MP_STATE_HALTED = 3
+
+
+# kvm_vcpu_events.flags; Linux commit ed2351174e38, as above.
+KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
+
+KVM_API_VERSION = 12
+
+# --- calls --------------------------------------------------------------------------------------------------
+
+# Not fcntl.ioctl and mmap.mmap. The first copies; the second keeps a duplicate of the fd, and with it a
+# reference to the vCPU that closing the vCPU's fd would not drop.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Pages:
+    """Pages shared with KVM: guest memory (anonymous), or the kvm_run of a vCPU (``fd``)."""
+
+    def __init__(self, size: int, fd: int = -1) -> None:
+        flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        if address == _MAP_FAILED:
+            raise CallFailed("mmap", ctypes.get_errno())
+        self.address: int = address
+        self.size = size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes at ``offset``."""
+        return ctypes.string_at(self._at(offset, size), size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put ``data`` at ``offset``."""
+        ctypes.memmove(self._at(offset, len(data)), data, len(data))
+
+    def close(self) -> None:
+        """Unmap the pages, once."""
+        if self.size:
+            _libc.munmap(self.address, self.size)
+            self.size = 0
+
+    def _at(self, offset: int, size: int) -> int:
+        if not 0 <= offset <= offset + size <= self.size:
+            raise LabError(f"{size} bytes at {offset} are outside of a mapping of {self.size}")
+        return self.address + offset
+
+
+_FileType = TypeVar("_FileType", bound="_File")
+_StructType = TypeVar("_StructType", bound=ctypes.Structure)
+
+
+# An fd that answers ioctls. Nothing is left to the garbage collector: scenarios are about when a VM ends.
+class _File:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self: _FileType) -> _FileType:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, once."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def ioctl(self, request: Ioctl, argument: int | ctypes.Structure | ctypes.c_uint64 = 0) -> int:
+        """Return what the ioctl returns; a failure is a CallFailed."""
+        value = argument if isinstance(argument, int) else ctypes.addressof(argument)
+        result: int = _libc.ioctl(self.fd, request, value)
+        if result < 0:
+            raise CallFailed(request.name, ctypes.get_errno())
+        return result
+
+    def check_extension(self, cap: Cap) -> int:
+        """Return what this kernel offers of a capability: 0 is nothing."""
+        return self.ioctl(Ioctl.KVM_CHECK_EXTENSION, cap)
+
+
+class Kvm(_File):
+    """/dev/kvm. The first one of a process must be opened on its main thread."""
+
+    def __init__(self) -> None:
+        _let_kicks_interrupt()
+        try:
+            super().__init__(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise CallFailed("opening /dev/kvm", error.errno or 0) from error
+        version = self.ioctl(Ioctl.KVM_GET_API_VERSION)
+        if version != KVM_API_VERSION:
+            self.close()
+            raise LabError(f"/dev/kvm speaks API {version}, not {KVM_API_VERSION}", hint="is it Linux's own KVM?")
+        self.vcpu_mmap_size = self.ioctl(Ioctl.KVM_GET_VCPU_MMAP_SIZE)
+
+    def create_vm(self) -> Vm:
+        """Create a VM without memory."""
+        return Vm(self.ioctl(Ioctl.KVM_CREATE_VM), self.vcpu_mmap_size)
+
+
+class Vm(_File):
+    """A VM, and the memory that was added to it. Its vCPUs are closed on their own."""
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd)
+        self.vcpu_mmap_size = vcpu_mmap_size
+        self._memory: list[Pages] = []
+
+    def close(self) -> None:
+        """Close the VM, then give back its memory."""
+        super().close()
+        while self._memory:
+            self._memory.pop().close()
+
+    def add_memory(self, gpa: int, size: int) -> Pages:
+        """Give the guest ``size`` bytes of memory at ``gpa``."""
+        pages = Pages(size)
+        self._memory.append(pages)
+        slot = len(self._memory) - 1
+        region = KvmUserspaceMemoryRegion(slot, 0, gpa, size, pages.address)
+        self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
+        return pages
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """Reserve three pages at ``gpa``, on which an Intel host may run real mode; before the first vCPU.
+
+        Documentation/virt/kvm/api.rst, KVM_SET_TSS_ADDR: required on Intel hosts, harmless on others.
+        """
+        self.ioctl(Ioctl.KVM_SET_TSS_ADDR, gpa)
+
+    def enable_cap(self, cap: Cap, argument: int) -> None:
+        """Set a capability of the VM."""
+        self.ioctl(Ioctl.KVM_ENABLE_CAP, KvmEnableCap(cap=cap, args=(argument, 0, 0, 0)))
+
+    def create_irqchip(self) -> None:
+        """Put the interrupt controllers into the kernel; before the first vCPU."""
+        self.ioctl(Ioctl.KVM_CREATE_IRQCHIP)
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """Create a vCPU in the state that follows a reset."""
+        return Vcpu(self, self.ioctl(Ioctl.KVM_CREATE_VCPU, vcpu_id))
+
+
+RUN_TIMEOUT_S = 5.0
+
+
+class Vcpu(_File):
+    """A vCPU and its kvm_run."""
+
+    def __init__(self, vm: Vm, fd: int) -> None:
+        super().__init__(fd)
+        self.vm = vm
+        self._watchdog = _Watchdog()
+        try:
+            self._pages = Pages(vm.vcpu_mmap_size, fd)
+        except CallFailed:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        """Close the fd and unmap kvm_run."""
+        self.close_fd()
+        self.unmap()
+
+    def close_fd(self) -> None:
+        """Close the fd alone: the mapping of kvm_run still holds the vCPU and its VM."""
+        self._watchdog.close()
+        super().close()
+
+    def unmap(self) -> None:
+        """Unmap kvm_run."""
+        self._pages.close()
+
+    @property
+    def kvm_run(self) -> KvmRun:
+        """The struct kvm_run that this process shares with KVM."""
+        if not self._pages.size:
+            raise LabError("kvm_run has been unmapped")
+        return KvmRun.from_address(self._pages.address)
+
+    def io_data(self) -> bytes:
+        """Return what the guest wrote, after KVM_EXIT_IO."""
+        io = self.kvm_run.io
+        return self._pages.read(io.data_offset, io.size * io.count)
+
+    def run(self, timeout_s: float = RUN_TIMEOUT_S) -> int:
+        """Run the guest until KVM_RUN returns, and return the exit reason.
+
+        Any thread may call it. After ``timeout_s`` KVM_RUN is ended by force and that is a TimedOut.
+        """
+        kvm_run = self.kvm_run
+        self._watchdog.arm(kvm_run, timeout_s)
+        try:
+            self.ioctl(Ioctl.KVM_RUN)
+        except CallFailed:
+            if self._watchdog.disarm():
+                raise TimedOut(
+                    f"KVM_RUN did not return within {timeout_s:g} s",
+                    hint="this KVM cannot run that guest, or the host is too busy",
+                ) from None
+            raise
+        finally:
+            self._watchdog.disarm()
+        return int(kvm_run.exit_reason)
+
+    def get_regs(self) -> KvmRegs:
+        """Return the general registers."""
+        return self._get(Ioctl.KVM_GET_REGS, KvmRegs())
+
+    def set_regs(self, regs: KvmRegs) -> None:
+        """Set the general registers."""
+        self.ioctl(Ioctl.KVM_SET_REGS, regs)
+
+    def get_sregs(self) -> KvmSregs:
+        """Return the segments and control registers."""
+        return self._get(Ioctl.KVM_GET_SREGS, KvmSregs())
+
+    def set_sregs(self, sregs: KvmSregs) -> None:
+        """Set the segments and control registers."""
+        self.ioctl(Ioctl.KVM_SET_SREGS, sregs)
+
+    def get_mp_state(self) -> int:
+        """Return the vCPU's MpState."""
+        return int(self._get(Ioctl.KVM_GET_MP_STATE, KvmMpState()).mp_state)
+
+    def set_mp_state(self, state: MpState) -> None:
+        """Set the vCPU's MpState."""
+        self.ioctl(Ioctl.KVM_SET_MP_STATE, KvmMpState(state))
+
+    def get_vcpu_events(self) -> KvmVcpuEvents:
+        """Return the pending events: what a VMM saves."""
+        return self._get(Ioctl.KVM_GET_VCPU_EVENTS, KvmVcpuEvents())
+
+    def set_vcpu_events(self, events: KvmVcpuEvents) -> None:
+        """Set the pending events: what a VMM restores."""
+        self.ioctl(Ioctl.KVM_SET_VCPU_EVENTS, events)
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """Set the vCPU's MCG_CAP: how many banks it has, and what they can do."""
+        self.ioctl(Ioctl.KVM_X86_SETUP_MCE, ctypes.c_uint64(mcg_cap))
+
+    def set_mce(self, mce: KvmX86Mce) -> None:
+        """Inject a machine check."""
+        self.ioctl(Ioctl.KVM_X86_SET_MCE, mce)
+
+    def _get(self, request: Ioctl, struct: _StructType) -> _StructType:
+        self.ioctl(request, struct)
+        return struct
+
+
+# --- the way out of KVM_RUN ---------------------------------------------------------------------------------
+
+# Interrupts KVM_RUN and does nothing else. A real-time signal, since others have uses for SIGUSR1.
+KICK = signal.SIGRTMIN
+_TICK_S = 0.02
+
+
+# Left alone, KICK would kill the process, and an ignored signal would not interrupt.
+def _let_kicks_interrupt() -> None:
+    if signal.getsignal(KICK) in (signal.SIG_DFL, signal.SIG_IGN):
+        try:
+            signal.signal(KICK, lambda number, frame: None)
+        except ValueError as error:
+            raise LabError(
+                "only the main thread can set the signal handler of the lab",
+                hint="open lab.kvm.Kvm there first",
+            ) from error
+
+
+# Ends a KVM_RUN whose time is up. The signal alone could arrive just before the thread enters the kernel;
+# immediate_exit makes KVM_RUN return then, too. The thread starts with the first run and polls, so that
+# arming costs no more than a lock.
+class _Watchdog:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._armed: tuple[KvmRun, int, float] | None = None
+        self._fired = False
+
+    def arm(self, kvm_run: KvmRun, timeout_s: float) -> None:
+        with self._lock:
+            self._armed = kvm_run, threading.get_ident(), time.monotonic() + timeout_s
+            self._fired = False
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="kvm-run-watchdog", daemon=True)
+            self._thread.start()
+
+    # Returns whether it had to end the run. Under the lock: a kick never meets a thread that has left run().
+    def disarm(self) -> bool:
+        with self._lock:
+            if self._armed and self._fired:
+                self._armed[0].immediate_exit = 0
+            self._armed = None
+            fired, self._fired = self._fired, False
+            return fired
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            with self._lock:
+                if self._armed and time.monotonic() > self._armed[2]:
+                    kvm_run, thread, _ = self._armed
+                    kvm_run.immediate_exit = 1
+                    signal.pthread_kill(thread, KICK)
+                    self._fired = True

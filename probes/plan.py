@@ -1,0 +1,278 @@
+"""The hook plan: for every fact that an analysis needs, the hook that tells it, and what stays unseen without it.
+
+The plan is data. It is made from what the running kernel has (its symbols, its tracepoints, its BTF), never from its
+version; ``doctor`` prints it, the recording carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from probes.schema import Site
+
+
+class Via(StrEnum):
+    """How a program is attached."""
+
+    RAW_TRACEPOINT = "raw_tracepoint"
+    KPROBE = "kprobe"
+    KRETPROBE = "kretprobe"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A program, and where it goes."""
+
+    fact: str  # what it tells
+    via: Via
+    target: str  # function of KVM, or tracepoint
+    program: str  # function in probes/programs
+    unseen: str  # what stays unseen without it
+    required: bool = False  # without it the engine proves nothing
+    site: Site | None = None  # for a program that is made from SITE()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A hook on the running kernel: it can be set, or why not."""
+
+    hook: Hook
+    missing: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line of the plan that doctor prints and recordings carry."""
+        there = self.missing is None
+        return {
+            "fact": self.hook.fact,
+            "hook": f"{self.hook.via}:{self.hook.target}" if there else None,
+            "unseen": None if there else f"{self.hook.unseen} ({self.missing})",
+        }
+
+
+@dataclass(frozen=True)
+class Blind:
+    """What an engine cannot see on any kernel."""
+
+    fact: str
+    unseen: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line of the plan that doctor prints and recordings carry."""
+        return {"fact": self.fact, "hook": None, "unseen": self.unseen}
+
+
+_RUN_RETURNED = Hook(
+    "KVM_RUN returned to user space, why, and with which requests",
+    Via.RAW_TRACEPOINT,
+    "kvm_userspace_exit",
+    "on_userspace_exit",
+    "returns of KVM_RUN: nothing can be judged",
+    required=True,
+)
+
+# The order is the order of attaching: what ends an ioctl before what begins one, so that no begin goes without its end.
+TRACEPOINT = (
+    Hook(
+        "a vCPU ioctl returned (KVM_GET_VCPU_EVENTS with its payload), a vCPU was created, a capability enabled",
+        Via.RAW_TRACEPOINT,
+        "sys_exit",
+        "on_sys_exit",
+        "saves, creations and capabilities: nothing can be judged",
+        required=True,
+    ),
+    _RUN_RETURNED,
+    Hook(
+        "a VMM exited",
+        Via.RAW_TRACEPOINT,
+        "sched_process_exit",
+        "on_process_exit",
+        "the end of vCPUs: a lost request stays open",
+        required=True,
+    ),
+    Hook(
+        "a VMM executed another program",
+        Via.RAW_TRACEPOINT,
+        "sched_process_exec",
+        "on_process_exec",
+        "a VMM that executes another program: its requests stay open",
+    ),
+    Hook(
+        "a vCPU ioctl begins (KVM_SET_VCPU_EVENTS with its payload), or a vCPU's descriptor is closed",
+        Via.RAW_TRACEPOINT,
+        "sys_enter",
+        "on_sys_enter",
+        "restores and the end of vCPUs: nothing can be judged",
+        required=True,
+    ),
+)
+TRACEPOINT_BLIND = (
+    Blind(
+        "who raised a request inside KVM_RUN",
+        "raised_by is kvm_run: no function inside KVM is hooked",
+    ),
+    Blind(
+        "a request that is raised and serviced inside one KVM_RUN",
+        "its shutdown is listed as source hardware: the word is only read at the boundaries",
+    ),
+    Blind("events set through kvm_run (KVM_SYNC_X86_EVENTS)", "a request that they raise is raised_by kvm_run"),
+    Blind("ioctls of 32-bit processes", "such a VMM is not traced"),
+)
+
+
+def _site(function: str, site: Site, fact: str) -> Hook:
+    return Hook(
+        fact, Via.KRETPROBE, function, f"after_{function}", f"raised_by is kvm_run when it was {function}", site=site
+    )
+
+
+KPROBE = (
+    Hook(
+        "a vCPU was created",
+        Via.KPROBE,
+        "kvm_arch_vcpu_create",
+        "on_kvm_arch_vcpu_create",
+        "the reuse of a vCPU's memory",
+        required=True,
+    ),
+    Hook(
+        "a vCPU was destroyed, with which requests",
+        Via.KPROBE,
+        "kvm_arch_vcpu_destroy",
+        "on_kvm_arch_vcpu_destroy",
+        "the end of vCPUs",
+        required=True,
+    ),
+    Hook("a VM was destroyed", Via.KPROBE, "kvm_destroy_vm", "on_kvm_destroy_vm", "two VMs may count as one"),
+    _RUN_RETURNED,
+    Hook(
+        "a thread ended",
+        Via.RAW_TRACEPOINT,
+        "sched_process_exit",
+        "on_thread_exit",
+        "when a thread number is used again",
+    ),
+    Hook(
+        "a vCPU ioctl returned",
+        Via.KRETPROBE,
+        "kvm_arch_vcpu_ioctl",
+        "after_kvm_arch_vcpu_ioctl",
+        "the end of an ioctl: it is dated at the next hook",
+    ),
+    Hook(
+        "KVM_GET_VCPU_EVENTS saved the vCPU, with or without the request",
+        Via.KRETPROBE,
+        "kvm_vcpu_ioctl_x86_get_vcpu_events",
+        "after_get_vcpu_events",
+        "saves through kvm_run (KVM_SYNC_X86_EVENTS)",
+    ),
+    Hook(
+        "KVM_SET_VCPU_EVENTS restored the vCPU, with or without the request",
+        Via.KRETPROBE,
+        "kvm_vcpu_ioctl_x86_set_vcpu_events",
+        "after_set_vcpu_events",
+        "restores through kvm_run (KVM_SYNC_X86_EVENTS)",
+    ),
+    Hook(
+        "KVM_CAP_X86_TRIPLE_FAULT_EVENT was enabled",
+        Via.KRETPROBE,
+        "kvm_vm_ioctl_enable_cap",
+        "after_kvm_vm_ioctl_enable_cap",
+        "the moment at which the capability changed",
+    ),
+    _site("kvm_multiple_exception", Site.EXCEPTION, "a fault while #DF was delivered raised it"),
+    _site("emulator_triple_fault", Site.RSM, "RSM to a state that is not allowed raised it"),
+    _site("kvm_inject_realmode_interrupt", Site.REALMODE_INTERRUPT, "a real-mode interrupt that failed raised it"),
+    _site("svm_can_emulate_instruction", Site.EMULATION, "an instruction that cannot be emulated raised it"),
+    _site("svm_check_emulate_instruction", Site.EMULATION, "an instruction that cannot be emulated raised it"),
+    _site("nested_svm_vmexit", Site.NESTED_VMEXIT, "a nested VM-exit that failed raised it"),
+    _site("nested_vmx_abort", Site.NESTED_ABORT, "a nested abort raised it"),
+    _site("svm_set_efer", Site.SET_EFER, "EFER.SVME cleared in L2 raised it"),
+    _site("nested_svm_triple_fault", Site.REFLECT, "it was reflected to L1"),
+    _site("nested_vmx_triple_fault", Site.REFLECT, "it was reflected to L1"),
+    Hook(
+        "KVM_GET_VCPU_EVENTS begins",
+        Via.KPROBE,
+        "kvm_vcpu_ioctl_x86_get_vcpu_events",
+        "on_vcpu_events",
+        "saves through kvm_run (KVM_SYNC_X86_EVENTS)",
+    ),
+    Hook(
+        "KVM_SET_VCPU_EVENTS begins",
+        Via.KPROBE,
+        "kvm_vcpu_ioctl_x86_set_vcpu_events",
+        "on_vcpu_events",
+        "restores through kvm_run (KVM_SYNC_X86_EVENTS)",
+    ),
+    Hook(
+        "KVM_ENABLE_CAP begins",
+        Via.KPROBE,
+        "kvm_vm_ioctl_enable_cap",
+        "on_kvm_vm_ioctl_enable_cap",
+        "the moment at which the capability changed",
+    ),
+    Hook(
+        "a vCPU was reset",
+        Via.KPROBE,
+        "kvm_vcpu_reset",
+        "on_kvm_vcpu_reset",
+        "resets by INIT: a stale request may not be marked",
+    ),
+    Hook(
+        "a vCPU ioctl begins",
+        Via.KPROBE,
+        "kvm_vcpu_ioctl",
+        "on_kvm_vcpu_ioctl",
+        "every ioctl: nothing can be judged",
+        required=True,
+    ),
+)
+KPROBE_BLIND = (
+    Blind(
+        "raises inside functions that the compiler has inlined (mmu_check_root, svm_handle_mce, enter_smm_save_state_64)",
+        "raised_by is kvm_run",
+    ),
+)
+
+HOOKS: Mapping[str, tuple[tuple[Hook, ...], tuple[Blind, ...]]] = {
+    "tracepoint": (TRACEPOINT, TRACEPOINT_BLIND),
+    "kprobe": (KPROBE, KPROBE_BLIND),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one engine sees on the running kernel."""
+
+    engine: str
+    hooks: tuple[Planned, ...]
+    blind: tuple[Blind, ...]
+
+    @property
+    def hopeless(self) -> str | None:
+        """Return why this engine can prove nothing here, if so."""
+        missing = [f"{one.hook.target} ({one.missing})" for one in self.hooks if one.missing and one.hook.required]
+        return f"it needs {', '.join(missing)}" if missing else None
+
+    @property
+    def attachable(self) -> tuple[Hook, ...]:
+        """Return the hooks to set, in the order in which to set them."""
+        return tuple(planned.hook for planned in self.hooks if planned.missing is None)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return the plan as doctor prints it and recordings carry it."""
+        return [one.as_json() for one in (*self.hooks, *self.blind)]
+
+
+def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) -> Plan:
+    """Return the plan of an engine for a kernel with these functions and these raw tracepoints."""
+    hooks, blind = HOOKS[engine]
+
+    def missing(hook: Hook) -> str | None:
+        if hook.via is Via.RAW_TRACEPOINT:
+            return None if hook.target in tracepoints else "this kernel has no such tracepoint"
+        return None if hook.target in functions else "this kernel has no such function, or it is inlined"
+
+    return Plan(engine, tuple(Planned(hook, missing(hook)) for hook in hooks), blind)

@@ -1,0 +1,112 @@
+"""The C programs of an engine, with everything that the running kernel decides put in front of them.
+
+Offsets come from BTF, so the same source serves every kernel; a field that a kernel does not have leaves out what
+needs it, and ``doctor`` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from probes import schema
+from probes.btf import Btf, MissingField
+from probes.plan import Plan
+from probes.requests import TRIPLE_FAULT
+
+# Every field that the programs read: the constant, the field, and whether the programs can do without it.
+_FIELDS = (
+    ("OFFSET_REQUESTS", "kvm_vcpu.requests", False),
+    ("OFFSET_KVM", "kvm_vcpu.kvm", False),
+    ("OFFSET_VCPU_ID", "kvm_vcpu.vcpu_id", False),
+    ("OFFSET_RUN", "kvm_vcpu.run", False),
+    ("OFFSET_CR0", "kvm_vcpu.arch.cr0", False),
+    ("OFFSET_F_OP", "file.f_op", False),
+    ("OFFSET_EXIT_REASON", "kvm_run.exit_reason", False),
+    ("OFFSET_VALID_REGS", "kvm_run.kvm_valid_regs", False),
+    ("OFFSET_SYNC_EVENTS", "kvm_run.s.regs.events", False),
+    ("OFFSET_FILES", "task_struct.files", False),
+    ("OFFSET_FDT", "files_struct.fdt", False),
+    ("OFFSET_FD", "fdtable.fd", False),
+    ("OFFSET_MAX_FDS", "fdtable.max_fds", False),
+    ("OFFSET_UNLOCKED_IOCTL", "file_operations.unlocked_ioctl", False),
+    ("OFFSET_SIGNAL", "task_struct.signal", False),
+    ("OFFSET_LIVE", "signal_struct.live", False),
+    ("OFFSET_DX", "pt_regs.dx", False),
+    # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
+    ("OFFSET_TRIPLE_FAULT_EVENT", "kvm.arch.triple_fault_event", True),
+    # A statistic that is 1 while the vCPU runs L2; the flag in hflags has had two values.
+    ("OFFSET_GUEST_MODE", "kvm_vcpu.stat.guest_mode", True),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user and the host decide about the programs."""
+
+    watched: int  # mask of requests
+    cpus: int  # one more than the highest number of a CPU
+    full: bool = False  # send every boundary
+    filtered: bool = False  # only processes in the map `filter`
+    ring_bytes: int = 32 << 20
+    max_vcpus: int = 16384
+    max_threads: int = 32768
+    max_vms: int = 8192
+
+
+def offsets(btf: Btf) -> dict[str, int]:
+    """Return the offset of every field that the programs read, by the name of its constant.
+
+    Raises :class:`probes.btf.MissingField` for one that they cannot do without.
+    """
+    found = {}
+    for constant, field, optional in _FIELDS:
+        try:
+            found[constant] = btf.offset(field)
+        except MissingField:
+            if not optional:
+                raise
+    found["OFFSET_PRIVATE_DATA"] = btf.offset("file.private_data") - found["OFFSET_F_OP"]
+    return found
+
+
+def source(plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Mapping[str, int]) -> str:
+    """Return the C source of a plan's programs.
+
+    ``found`` is what :func:`offsets` gave; ``symbols`` holds the addresses of ``kvm_vcpu_ioctl`` and ``kvm_vm_ioctl``,
+    by which the tracepoint engine knows a vCPU's file from another one.
+    """
+    constants = {
+        "WATCHED": f"{settings.watched:#x}ULL",
+        "FULL": str(int(settings.full)),
+        "FILTER": str(int(settings.filtered)),
+        "TRACER": str(os.getpid()),
+        "CPUS": str(settings.cpus),
+        "RING_PAGES": str(settings.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
+        "MAX_VCPUS": str(settings.max_vcpus),
+        "MAX_THREADS": str(settings.max_threads),
+        "MAX_VMS": str(settings.max_vms),
+        "TRIPLE_FAULT": str(TRIPLE_FAULT),
+        **{f"{name.upper()}": f"{address:#x}ULL" for name, address in symbols.items()},
+        **{name: str(offset) for name, offset in found.items()},
+    }
+    sites = [f"SITE({hook.target}, SITE_{hook.site.name})" for hook in plan.attachable if hook.site is not None]
+    programs = files("probes").joinpath("programs")
+    return "\n".join(
+        (
+            *(f"#define {name} {value}" for name, value in constants.items()),
+            schema.c_constants(),
+            schema.c_struct(),
+            programs.joinpath("vcpu.c").read_text(),
+            programs.joinpath(f"{plan.engine}.c").read_text(),
+            *sites,
+        )
+    )
+
+
+def headers() -> Path:
+    """Return the stub header tree: the value of BCC_KERNEL_SOURCE that makes kernel headers unnecessary."""
+    return Path(str(files("probes").joinpath("include"))).parent

@@ -1,0 +1,184 @@
+/*
+ * The kprobe engine: kprobes on KVM's own functions, which are given the vCPU.
+ *
+ * A kretprobe can miss returns of a function that blocks, and BPF is not told, so none is set on KVM_RUN: its end is the
+ * tracepoint kvm_userspace_exit. Those that are used sit on functions that do not block.
+ */
+
+static inline int end_unseen(struct in_ioctl *in)
+{
+	return in->events != 0;		/* the kretprobe of KVM_{GET,SET}_VCPU_EVENTS did not run */
+}
+
+static inline struct vcpu_state *state_of(u64 vcpu)
+{
+	struct vcpu_state *state = vcpus.lookup(&vcpu);
+
+	return state ? state : begin_vcpu(vcpu, 0);
+}
+
+/* long kvm_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg) */
+int on_kvm_vcpu_ioctl(struct pt_regs *ctx)
+{
+	u64 vcpu = read_u64(PT_REGS_PARM1(ctx) + OFFSET_F_OP + OFFSET_PRIVATE_DATA);
+	struct vcpu_state *state = vcpu ? state_of(vcpu) : NULL;
+
+	if (state)
+		enter_ioctl(state, vcpu, PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+	return 0;
+}
+
+/* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */
+int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	if (!in || !in->vcpu)
+		return 0;		/* attached while this thread was inside */
+	vcpu = in->vcpu;
+	in->vcpu = 0;
+	state = vcpus.lookup(&vcpu);
+	if (!state)
+		return 0;
+	if (in->told)			/* after_vcpu_events() has told the save or the restore */
+		boundary(state, vcpu, KIND_IOCTL_EXIT, in->cmd | (u64)(u32)PT_REGS_RC(ctx) << 32, 0, WATCHED);
+	else
+		end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, PT_REGS_RC(ctx));
+	leave(state, vcpu);
+	return 0;
+}
+
+/* int kvm_vcpu_ioctl_x86_{get,set}_vcpu_events(struct kvm_vcpu *vcpu, struct kvm_vcpu_events *events): entry */
+int on_vcpu_events(struct pt_regs *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+
+	if (in)
+		in->events = PT_REGS_PARM2(ctx);
+	return 0;
+}
+
+static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+	struct reading reading = {};
+	struct vcpu_state *state;
+	u32 passed;
+	u64 vcpu;
+	u8 flags;
+	int failed;
+
+	if (!in || !in->vcpu || !in->events)
+		return;			/* attached while this thread was inside: the end of the ioctl will tell */
+	vcpu = in->vcpu;
+	state = vcpus.lookup(&vcpu);
+	if (!state)
+		return;
+	flags = in->cmd == KVM_RUN ? FLAG_SYNC : 0;
+	passed = payload(in->events, 0, &failed);
+	in->events = 0;
+	in->told = 1;
+	take_reading(state, vcpu, &reading);
+	count(COUNT_BOUNDARIES);
+	send(state, &reading, kind, cmd | (u64)(u32)error << 32, passed, flags | live_flags(state, vcpu));
+}
+
+int after_get_vcpu_events(struct pt_regs *ctx)
+{
+	after_vcpu_events(KIND_SAVE, KVM_GET_VCPU_EVENTS, 0);	/* a void function: it cannot fail */
+	return 0;
+}
+
+int after_set_vcpu_events(struct pt_regs *ctx)
+{
+	after_vcpu_events(KIND_RESTORE, KVM_SET_VCPU_EVENTS, PT_REGS_RC(ctx));
+	return 0;
+}
+
+/* int kvm_arch_vcpu_create(struct kvm_vcpu *vcpu) */
+int on_kvm_arch_vcpu_create(struct pt_regs *ctx)
+{
+	created(PT_REGS_PARM1(ctx));
+	return 0;
+}
+
+/* void kvm_arch_vcpu_destroy(struct kvm_vcpu *vcpu): in whichever task drops the last reference */
+int on_kvm_arch_vcpu_destroy(struct pt_regs *ctx)
+{
+	u64 vcpu = PT_REGS_PARM1(ctx);
+	struct vcpu_state *state = vcpus.lookup(&vcpu);
+
+	if (!state)
+		state = begin_vcpu(vcpu, 0);
+	if (state)
+		end_vcpu(state, vcpu, END_DESTROYED);
+	return 0;
+}
+
+/* void kvm_destroy_vm(struct kvm *kvm) */
+int on_kvm_destroy_vm(struct pt_regs *ctx)
+{
+	u64 kvm = PT_REGS_PARM1(ctx);
+
+	vms.delete(&kvm);
+	return 0;
+}
+
+/* int kvm_vm_ioctl_enable_cap(struct kvm *kvm, struct kvm_enable_cap *cap) */
+int on_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
+{
+	struct in_ioctl in = { .vcpu = PT_REGS_PARM1(ctx), .cmd = KVM_ENABLE_CAP };
+	u32 tid = bpf_get_current_pid_tgid();
+
+	if (read_u32(PT_REGS_PARM2(ctx)) == KVM_CAP_X86_TRIPLE_FAULT_EVENT && threads.update(&tid, &in))
+		count(COUNT_MAP_FULL);
+	return 0;
+}
+
+int after_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+	u64 kvm;
+
+	if (!in || !in->vcpu || in->cmd != KVM_ENABLE_CAP)
+		return 0;
+	kvm = in->vcpu;
+	in->vcpu = 0;
+	if (!PT_REGS_RC(ctx))
+		cap_set(kvm);
+	return 0;
+}
+
+/* void kvm_vcpu_reset(struct kvm_vcpu *vcpu, bool init_event) */
+int on_kvm_vcpu_reset(struct pt_regs *ctx)
+{
+	u64 vcpu = PT_REGS_PARM1(ctx);
+	struct vcpu_state *state = vcpus.lookup(&vcpu);
+
+	if (state)
+		boundary(state, vcpu, KIND_RESET, 0, 0, WATCHED);
+	return 0;
+}
+
+/* Raw tracepoint sched_process_exit (struct task_struct *task, ...): a thread leaves nothing behind. */
+int on_thread_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+
+	threads.delete(&tid);
+	return 0;
+}
+
+/* The plan makes one program of this for each function after which the word tells who raised or took a request. */
+#define SITE(function, meaning)				\
+	int after_##function(struct pt_regs *ctx)	\
+	{						\
+		after(meaning, 0);			\
+		return 0;				\
+	}

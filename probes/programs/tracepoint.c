@@ -1,0 +1,363 @@
+/*
+ * The tracepoint engine: raw system call tracepoints find the vCPU behind the file descriptor of an ioctl.
+ *
+ * KVM refuses ioctls of every process but the one that created the VM (Documentation/virt/kvm/api.rst, "File
+ * descriptors"), so a vCPU has ended once no descriptor of that process leads to it.
+ */
+
+#define __NR_close		3
+#define __NR_ioctl		16
+#define __NR_dup		32
+#define __NR_dup2		33
+#define __NR_fcntl		72
+#define __NR_dup3		292
+#define __NR_close_range	436
+#define F_DUPFD			0
+#define F_DUPFD_CLOEXEC		1030
+#define CLOSE_RANGE_CLOEXEC	4
+#define KVM_CREATE_VM		0xae01
+#define KVM_CREATE_VCPU		0xae41
+#define KVMIO			0xae
+#define CHUNK			64
+#define MAX_CHUNKS		16
+
+static inline int end_unseen(struct in_ioctl *in)
+{
+	return in->cmd != KVM_ENABLE_CAP;	/* every ioctl that begins is seen to end */
+}
+
+/* A process with vCPUs, and the descriptors between which those lie. */
+struct vmm_state {
+	u32 low;
+	u32 high;
+};
+
+struct arguments {			/* struct pt_regs from dx on: arguments 3, 2 and 1, and the number */
+	u64 dx, si, di, orig_ax;
+};
+
+struct opened {				/* struct file from f_op to private_data */
+	u64 f_op;
+#if OFFSET_PRIVATE_DATA > 8
+	u8 between[OFFSET_PRIVATE_DATA - 8];
+#endif
+	u64 private_data;
+};
+
+struct chunk {
+	u64 file[CHUNK];
+};
+
+BPF_PERCPU_ARRAY(chunks, struct chunk, 1);
+BPF_HASH(vmms, u32, struct vmm_state, MAX_VMS);
+BPF_ARRAY(operations, u64, 2);		/* the file operations of a vCPU and of a VM, once seen */
+#define OF_VCPU	0
+#define OF_VM	1
+
+static inline u64 descriptors(u32 *max)
+{
+	u64 task = bpf_get_current_task();
+	u64 files = read_u64(task + OFFSET_FILES);
+	u64 fdt = read_u64(files + OFFSET_FDT);
+
+	if (max)
+		*max = read_u32(fdt + OFFSET_MAX_FDS);
+	return read_u64(fdt + OFFSET_FD);
+}
+
+/* The vCPU or VM that a struct file leads to, or 0. */
+static inline u64 behind(u64 file, u32 what)
+{
+	struct opened opened = {};
+	u64 *known = operations.lookup(&what);
+
+	if (!file || !known || bpf_probe_read_kernel(&opened, sizeof(opened), (void *)(file + OFFSET_F_OP)))
+		return 0;
+	if (opened.f_op != *known || !*known) {
+		if (read_u64(opened.f_op + OFFSET_UNLOCKED_IOCTL) != (what == OF_VCPU ? KVM_VCPU_IOCTL : KVM_VM_IOCTL))
+			return 0;
+		*known = opened.f_op;
+	}
+	return opened.private_data;
+}
+
+static inline u64 behind_fd(u32 fd, u32 what)
+{
+	u32 max = 0;
+	u64 table = descriptors(&max);
+
+	return fd < max ? behind(read_u64(table + 8 * (u64)fd), what) : 0;
+}
+
+static inline u64 vcpu_behind_fd(u32 fd)
+{
+	u32 what = OF_VCPU;
+	u64 *known = operations.lookup(&what);
+	struct opened opened = {};
+	u64 file = read_u64(descriptors(NULL) + 8 * (u64)fd);
+
+	/* The hot path: KVM_RUN on a descriptor that is one, or the ioctl would not have got this far. */
+	if (known && *known && !bpf_probe_read_kernel(&opened, sizeof(opened), (void *)(file + OFFSET_F_OP)) &&
+	    opened.f_op == *known)
+		return opened.private_data;
+	return behind_fd(fd, OF_VCPU);
+}
+
+static inline void widen(u32 pid, u32 fd)
+{
+	struct vmm_state *vmm = vmms.lookup(&pid), new = { .low = fd, .high = fd };
+
+	if (!vmm) {
+		if (vmms.update(&pid, &new))
+			count(COUNT_MAP_FULL);
+		return;
+	}
+	if (fd < vmm->low)
+		vmm->low = fd;
+	if (fd > vmm->high)
+		vmm->high = fd;
+}
+
+/* The state of a vCPU; its story begins here where it is seen for the first time. */
+static inline struct vcpu_state *state_behind_fd(u64 vcpu, u32 fd)
+{
+	struct vcpu_state *state = vcpus.lookup(&vcpu);
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+
+	if (state)
+		return state;
+	if (pid != TRACER)		/* the tracer's own descriptors end nothing */
+		widen(pid, fd);
+	return begin_vcpu(vcpu, 0);
+}
+
+/* Whether another descriptor of this process than fd leads to the same file. */
+static inline int duplicated(u64 table, u64 file, u32 fd, struct vmm_state *vmm)
+{
+	u32 zero = 0, low = vmm->low, high = vmm->high;
+	struct chunk *chunk = chunks.lookup(&zero);
+
+	if (!chunk || high - low >= CHUNK * MAX_CHUNKS)
+		return 1;		/* too many to look through: the end of the process will tell */
+	for (u32 i = 0; i < MAX_CHUNKS; i++) {
+		if (low + i * CHUNK > high)
+			break;
+		bpf_probe_read_kernel(chunk, sizeof(*chunk), (void *)(table + 8 * (u64)(low + i * CHUNK)));
+		for (u32 j = 0; j < CHUNK; j++)
+			if (chunk->file[j] == file && low + i * CHUNK + j != fd)
+				return 1;
+	}
+	return 0;
+}
+
+/* A descriptor is about to be closed: its vCPU ends, unless another descriptor leads to it. */
+static inline void close_one(u32 pid, u32 fd)
+{
+	struct vmm_state *vmm = vmms.lookup(&pid);
+	struct vcpu_state *state;
+	u32 max = 0;
+	u64 table, file, vcpu;
+
+	if (!vmm || fd < vmm->low || fd > vmm->high)
+		return;
+	table = descriptors(&max);
+	if (fd >= max)
+		return;
+	file = read_u64(table + 8 * (u64)fd);
+	vcpu = behind(file, OF_VCPU);
+	if (!vcpu)
+		return;
+	state = vcpus.lookup(&vcpu);
+	if (!state || state->pid != pid || duplicated(table, file, fd, vmm))
+		return;
+	if (state->inside)
+		state->closing = 1;	/* a thread is inside KVM and keeps it: it ends with that ioctl */
+	else
+		end_vcpu(state, vcpu, END_CLOSED);
+}
+
+/* All vCPUs of a process end. What is kept of them goes when KVM uses their memory again, or the tracer sweeps. */
+static inline void end_vmm(u32 pid, u32 how)
+{
+	send_vm(bpf_ktime_get_ns(), pid, KIND_VMM_EXIT, how, 0);
+	vmms.delete(&pid);
+}
+
+static inline void ioctl_begins(struct arguments *arguments)
+{
+	u32 cmd = arguments->si, tid = bpf_get_current_pid_tgid(), cap = 0;
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	if (cmd == KVM_ENABLE_CAP && !bpf_probe_read_user(&cap, sizeof(cap), (void *)arguments->dx) &&
+	    cap == KVM_CAP_X86_TRIPLE_FAULT_EVENT) {
+		struct in_ioctl in = { .vcpu = behind_fd(arguments->di, OF_VM), .cmd = cmd };
+
+		if (in.vcpu && threads.update(&tid, &in))
+			count(COUNT_MAP_FULL);
+		return;
+	}
+	vcpu = vcpu_behind_fd(arguments->di);
+	if (!vcpu)
+		return;
+	state = state_behind_fd(vcpu, arguments->di);
+	if (state)
+		enter_ioctl(state, vcpu, cmd, arguments->dx);
+}
+
+static inline void vcpu_created(u32 fd)
+{
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u64 vcpu = behind_fd(fd, OF_VCPU);
+
+	if (!vcpu)
+		return;
+	created(vcpu);
+	widen(pid, fd);
+}
+
+/* An ioctl whose beginning was seen returns, or KVM_RUN that failed before it ran. */
+static inline void ioctl_ends(struct in_ioctl *in, int error)
+{
+	struct vcpu_state *state;
+	u64 vcpu = in->vcpu;
+
+	in->vcpu = 0;
+	if (in->cmd == KVM_ENABLE_CAP) {
+		if (!error)
+			cap_set(vcpu);
+		return;
+	}
+	state = vcpus.lookup(&vcpu);
+	if (!state)
+		return;
+	if (in->cmd != KVM_RUN)
+		end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, error);
+	leave(state, vcpu);
+}
+
+/* An ioctl that began before the tracer was there. */
+static inline void unseen_ioctl_ends(struct arguments *arguments, int error)
+{
+	u64 vcpu = vcpu_behind_fd(arguments->di);
+	struct vcpu_state *state;
+	int failed;
+
+	if (!vcpu)
+		return;
+	state = state_behind_fd(vcpu, arguments->di);
+	if (!state)
+		return;
+	if ((u32)arguments->si == KVM_RUN)
+		end_of_run(state, vcpu, read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), error);
+	else
+		end_of_ioctl(state, vcpu, arguments->si, arguments->dx, payload(arguments->dx, 1, &failed), error);
+}
+
+/* Raw tracepoint sys_enter (struct pt_regs *regs, long id). */
+int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct arguments arguments = {};
+	struct vmm_state *vmm;
+	u32 pid, number = ctx->args[1], closed;
+
+	if (number == __NR_ioctl) {
+		if (bpf_probe_read_kernel(&arguments, 24, (void *)(ctx->args[0] + OFFSET_DX)))
+			return 0;
+		if (((arguments.si >> 8) & 0xff) == KVMIO)
+			ioctl_begins(&arguments);
+		return 0;
+	}
+	if (number != __NR_close && number != __NR_close_range && number != __NR_dup2 && number != __NR_dup3)
+		return 0;
+	pid = bpf_get_current_pid_tgid() >> 32;
+	vmm = vmms.lookup(&pid);
+	if (!vmm || bpf_probe_read_kernel(&arguments, 24, (void *)(ctx->args[0] + OFFSET_DX)))
+		return 0;
+	if (number == __NR_close_range) {
+		/* Of a part of them, the end of the process will tell. */
+		if (!(arguments.dx & CLOSE_RANGE_CLOEXEC) && (u32)arguments.di <= vmm->low &&
+		    (u32)arguments.si >= vmm->high)
+			end_vmm(pid, END_CLOSED);
+		return 0;
+	}
+	closed = arguments.di;
+	if (number != __NR_close) {
+		closed = arguments.si;		/* dup2 closes what its target was */
+		if (closed == (u32)arguments.di)
+			return 0;
+	}
+	close_one(pid, closed);
+	return 0;
+}
+
+/* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */
+int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct arguments arguments = {};
+	u32 tid = bpf_get_current_pid_tgid(), pid = bpf_get_current_pid_tgid() >> 32;
+	struct in_ioctl *in;
+	int result = ctx->args[1];
+
+	if (bpf_probe_read_kernel(&arguments, sizeof(arguments), (void *)(ctx->args[0] + OFFSET_DX)))
+		return 0;
+	switch (arguments.orig_ax) {
+	case __NR_ioctl:
+		if (((arguments.si >> 8) & 0xff) != KVMIO)
+			return 0;
+		in = threads.lookup(&tid);
+		if (in) {
+			if (in->vcpu) {
+				ioctl_ends(in, result);
+				return 0;
+			}
+			if ((u32)arguments.si == KVM_RUN)
+				return 0;		/* on_userspace_exit has seen it */
+		}
+		if ((u32)arguments.si == KVM_CREATE_VCPU) {
+			if (result >= 0)
+				vcpu_created(result);
+		} else if ((u32)arguments.si == KVM_CREATE_VM) {
+			u64 kvm = result >= 0 ? behind_fd(result, OF_VM) : 0;
+
+			if (kvm)
+				vms.delete(&kvm);	/* a new VM where another one was */
+		} else {
+			unseen_ioctl_ends(&arguments, result);
+		}
+		return 0;
+	case __NR_fcntl:
+		if ((u32)arguments.si != F_DUPFD && (u32)arguments.si != F_DUPFD_CLOEXEC)
+			return 0;
+		/* fall through */
+	case __NR_dup:
+	case __NR_dup2:
+	case __NR_dup3:
+		if (result >= 0 && vmms.lookup(&pid) && behind_fd(result, OF_VCPU))
+			widen(pid, result);
+	}
+	return 0;
+}
+
+/* Raw tracepoint sched_process_exit (struct task_struct *task, ...): every thread, still with its descriptors. */
+int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 signal = read_u64(ctx->args[0] + OFFSET_SIGNAL);
+	u32 tid = bpf_get_current_pid_tgid(), pid = bpf_get_current_pid_tgid() >> 32;
+
+	threads.delete(&tid);
+	if (!vmms.lookup(&pid) || read_u32(signal + OFFSET_LIVE))
+		return 0;				/* no VMM, or not its last thread */
+	end_vmm(pid, END_EXITED);
+	return 0;
+}
+
+/* Raw tracepoint sched_process_exec (struct task_struct *task, pid_t old_pid, ...): its memory was replaced. */
+int on_process_exec(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+
+	if (vmms.lookup(&pid))
+		end_vmm(pid, END_EXECED);
+	return 0;
+}

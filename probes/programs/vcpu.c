@@ -1,0 +1,493 @@
+/*
+ * What every engine shares: the state of each vCPU, and the one way to turn a reading of its requests word into an
+ * event. A hook finds the vCPU and calls one of begin(), end_of_run(), end_of_ioctl(), site() and their kin.
+ *
+ * The tracer puts in front of this file: struct event and its constants (probes/schema.py), the offsets of the
+ * kernel's fields (OFFSET_*, from BTF), and the settings WATCHED, FULL, FILTER and the sizes of the maps.
+ */
+
+#define KVM_RUN			0xae80
+#define KVM_SET_REGS		0x4090ae82
+#define KVM_SET_SREGS		0x4138ae84
+#define KVM_SET_SREGS2		0x4140aecd
+#define KVM_GET_VCPU_EVENTS	0x8040ae9f
+#define KVM_SET_VCPU_EVENTS	0x4040aea0
+#define KVM_ENABLE_CAP		0x4068aea3
+#define KVM_CAP_X86_TRIPLE_FAULT_EVENT	218
+#define KVM_EXIT_SHUTDOWN	8
+#define KVM_SYNC_X86_EVENTS	4
+#define X86_CR0_PE		1
+#define SREGS_CR0		224	/* offsetof(struct kvm_sregs, cr0), and of struct kvm_sregs2: uapi */
+#define EVENTS_FLAGS		20	/* offsetof(struct kvm_vcpu_events, flags): uapi */
+#define EVENTS_PENDING		28	/* offsetof(struct kvm_vcpu_events, triple_fault.pending): uapi */
+#define VALID_TRIPLE_FAULT	0x20
+
+struct vcpu_state {
+	u64 last_ns;		/* when the word was last read */
+	u64 word;		/* the word as it was then */
+	u64 kvm;
+	u32 number;		/* what the recording calls this vCPU */
+	u32 seq;		/* events produced for it */
+	u32 vm;
+	u32 vcpu_id;
+	u32 pid;
+	u32 inside;		/* threads inside an ioctl of it */
+	u8 flags;		/* FLAG_CREATED, FLAG_CAP_EXISTS */
+	u8 seen;		/* the flags of its last event */
+	u8 announced;		/* its VCPU_NEW is in the ring */
+	u8 closing;		/* its last descriptor was closed while a thread was inside */
+};
+
+/* The ioctl that a thread is inside. vcpu is 0 when it is inside none; for KVM_ENABLE_CAP it is the VM. */
+struct in_ioctl {
+	u64 vcpu;
+	u64 argument;
+	u64 events;		/* struct kvm_vcpu_events in kernel memory, while KVM fills or reads it */
+	u32 cmd;
+	u32 payload;		/* what user space passed to KVM_SET_VCPU_EVENTS */
+	u32 told;		/* the save or the restore was sent already */
+	u32 unused;
+};
+
+struct vm_state {
+	u32 number;
+	u32 pid;
+};
+
+struct vcpu_loss {
+	u64 count;
+	u64 first_ns;
+	u64 last_ns;
+};
+
+enum counter {
+	COUNT_PRODUCED,		/* events made, in the ring or not */
+	COUNT_RING_FULL,	/* events for which the ring had no room */
+	COUNT_MAP_FULL,		/* vCPUs, threads or VMs that did not fit a map */
+	COUNT_MISSED,		/* ioctls whose end was not seen */
+	COUNT_BOUNDARIES,	/* readings at a boundary, sent or not */
+	COUNT_RUNS,		/* returns of KVM_RUN to user space, sent or not */
+	COUNTERS
+};
+
+/* By the time a thread enters an ioctl, has the end of its last one gone unseen? Each engine knows for its own hooks. */
+static inline int end_unseen(struct in_ioctl *in);
+
+BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
+BPF_HASH(vcpus, u64, struct vcpu_state, MAX_VCPUS);
+BPF_HASH(threads, u32, struct in_ioctl, MAX_THREADS);
+BPF_TABLE("lru_hash", u64, struct vm_state, vms, MAX_VMS);
+BPF_HASH(lost, u32, struct vcpu_loss, MAX_VCPUS);
+BPF_HASH(filter, u32, u8, 1024);
+BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
+BPF_PERCPU_ARRAY(numbers, u32, 1);
+BPF_ARRAY(census, u32, 1);		/* the process whose vCPUs the tracer is looking up, in the tracer's own name */
+
+static inline u64 read_u64(u64 address)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static inline u32 read_u32(u64 address)
+{
+	u32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static inline u8 read_u8(u64 address)
+{
+	u8 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static inline void count(u32 what)
+{
+	u64 *counter = counters.lookup(&what);
+
+	if (counter)
+		(*counter)++;		/* per CPU, and a program is not preempted by another one */
+}
+
+/* A number that no other vCPU or VM of this recording has: every CPU hands out its own residue class. */
+static inline u32 new_number(void)
+{
+	u32 zero = 0;
+	u32 *next = numbers.lookup(&zero);
+
+	return next ? (*next)++ * CPUS + bpf_get_smp_processor_id() + 1 : 0;
+}
+
+static inline void lose(u32 number, u64 now)
+{
+	struct vcpu_loss first = { .first_ns = now };
+	struct vcpu_loss *loss = lost.lookup_or_try_init(&number, &first);
+
+	if (!loss) {
+		number = 0;		/* always there: what cannot be told by vCPU concerns them all */
+		loss = lost.lookup(&number);
+		if (!loss)
+			return;
+	}
+	__sync_fetch_and_add(&loss->count, 1);
+	loss->last_ns = now;
+}
+
+/* What holds now. Only for a vCPU that is alive: this reads its memory and its VM's. */
+static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
+{
+	u8 flags = state->flags;
+
+#ifdef OFFSET_TRIPLE_FAULT_EVENT
+	if (read_u8(state->kvm + OFFSET_TRIPLE_FAULT_EVENT))
+		flags |= FLAG_CAP;
+#endif
+#ifdef OFFSET_GUEST_MODE
+	if (read_u64(vcpu + OFFSET_GUEST_MODE))
+		flags |= FLAG_NESTED;
+#endif
+	state->seen = flags;
+	return flags;
+}
+
+/* Put one event of a whole VM or VMM into the ring, or count it as lost. */
+static inline void send_vm(u64 now, u32 pid, u32 kind, u64 arg, u32 detail)
+{
+	struct event *event;
+
+	count(COUNT_PRODUCED);
+	event = ring.ringbuf_reserve(sizeof(*event));
+	if (!event) {
+		count(COUNT_RING_FULL);
+		lose(0, now);
+		return;
+	}
+	event->time_ns = now;
+	event->since_ns = 0;
+	event->requests = 0;
+	event->before = 0;
+	event->arg = arg;
+	event->vcpu = 0;
+	event->seq = 0;
+	event->pid = pid;
+	event->tid = bpf_get_current_pid_tgid();
+	event->detail = detail;
+	event->cpu = bpf_get_smp_processor_id();
+	event->kind = kind;
+	event->flags = 0;
+	ring.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+}
+
+struct reading {
+	u64 now;
+	u64 since;
+	u64 word;
+	u64 before;
+};
+
+/* Put one event of a vCPU into the ring, or count it as lost. Returns whether the ring had room. */
+static inline int put(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
+{
+	struct event *event;
+
+	state->seq++;
+	count(COUNT_PRODUCED);
+	event = ring.ringbuf_reserve(sizeof(*event));
+	if (!event) {
+		count(COUNT_RING_FULL);
+		lose(state->number, reading->now);
+		return 0;
+	}
+	event->time_ns = reading->now;
+	event->since_ns = reading->since;
+	event->requests = reading->word;
+	event->before = reading->before;
+	event->arg = arg;
+	event->vcpu = state->number;
+	event->seq = state->seq;
+	event->pid = state->pid;
+	event->tid = bpf_get_current_pid_tgid();
+	event->detail = detail;
+	event->cpu = bpf_get_smp_processor_id();
+	event->kind = kind;
+	event->flags = flags;
+	ring.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+	return 1;
+}
+
+/* The VCPU_NEW of a vCPU goes first, however often the ring was full: without it nobody knows whose the rest is. */
+static inline void send(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
+{
+	/* As the word was before this reading: what changed since then is the event's own news. */
+	struct reading first = { .now = reading->since, .since = 0, .word = reading->before, .before = 0 };
+
+	if (!state->announced)
+		state->announced = put(state, &first, KIND_VCPU_NEW, state->vcpu_id, state->vm, flags & ~FLAG_SYNC);
+	put(state, reading, kind, arg, detail, flags);
+}
+
+static inline void take_reading(struct vcpu_state *state, u64 vcpu, struct reading *reading)
+{
+	reading->now = bpf_ktime_get_ns();
+	reading->word = read_u64(vcpu + OFFSET_REQUESTS);
+	reading->since = state->last_ns;
+	reading->before = state->word;
+	state->last_ns = reading->now;
+	state->word = reading->word;
+}
+
+/* Read the word at a boundary. An event is sent if a watched bit changed, or `send_if` wants it. */
+#define ALWAYS	(~0ULL)
+static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 arg, u32 detail, u64 send_if)
+{
+	struct reading reading = {};
+
+	take_reading(state, vcpu, &reading);
+	count(COUNT_BOUNDARIES);
+	if (FULL || send_if == ALWAYS || ((reading.word ^ reading.before) & WATCHED) || (reading.word & send_if))
+		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
+}
+
+static inline u32 vm_number(u64 kvm, u32 pid)
+{
+	struct vm_state *known = vms.lookup(&kvm), new = { .pid = pid };
+
+	if (known && known->pid == pid)
+		return known->number;
+	new.number = new_number();
+	if (vms.update(&kvm, &new))
+		count(COUNT_MAP_FULL);
+	return new.number;
+}
+
+/* Begin the story of a vCPU: at its creation, or where it is first seen. */
+static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
+{
+	struct vcpu_state *state, new = {};
+	struct reading reading = {};
+	u32 zero = 0, *looked_up = census.lookup(&zero);
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+
+	if (looked_up && *looked_up && pid == TRACER)
+		pid = *looked_up;		/* the tracer asks on behalf of the vCPU's owner */
+	if (FILTER && !filter.lookup(&pid))
+		return NULL;			/* not one of the processes that the user asked for */
+	new.number = new_number();
+	new.kvm = read_u64(vcpu + OFFSET_KVM);
+	new.vm = vm_number(new.kvm, pid);
+	new.vcpu_id = read_u32(vcpu + OFFSET_VCPU_ID);
+	new.pid = pid;
+	new.flags = flags;
+#ifdef OFFSET_TRIPLE_FAULT_EVENT
+	new.flags |= FLAG_CAP_EXISTS;
+#endif
+	if (vcpus.update(&vcpu, &new)) {
+		count(COUNT_MAP_FULL);		/* this vCPU is not traced: every report says so */
+		return NULL;
+	}
+	state = vcpus.lookup(&vcpu);
+	if (!state)
+		return NULL;
+	take_reading(state, vcpu, &reading);
+	reading.since = 0;
+	reading.before = 0;
+	state->announced = put(state, &reading, KIND_VCPU_NEW, new.vcpu_id, new.vm, live_flags(state, vcpu));
+	return state;
+}
+
+static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
+{
+	boundary(state, vcpu, KIND_VCPU_END, how, 0, ALWAYS);
+	vcpus.delete(&vcpu);
+}
+
+/* KVM created a vCPU: whatever was known at this address is over. */
+static inline void created(u64 vcpu)
+{
+	struct vcpu_state *stale = vcpus.lookup(&vcpu);
+
+	if (stale) {
+		/* Its memory is another vCPU's by now, so the word is the last one that was read. */
+		struct reading reading = {
+			.now = bpf_ktime_get_ns(), .since = stale->last_ns, .word = stale->word, .before = stale->word,
+		};
+
+		send(stale, &reading, KIND_VCPU_END, END_REUSED, 0, stale->seen);
+		vcpus.delete(&vcpu);
+	}
+	begin_vcpu(vcpu, FLAG_CREATED);
+}
+
+/* struct kvm_vcpu_events, as user space passes it or as KVM holds it, in the form of the event's detail. */
+static inline u32 payload(u64 events, int from_user, int *failed)
+{
+	u32 flags = 0;
+	u8 pending = 0;
+
+	if (from_user)
+		*failed = bpf_probe_read_user(&flags, sizeof(flags), (void *)(events + EVENTS_FLAGS)) ||
+			  bpf_probe_read_user(&pending, sizeof(pending), (void *)(events + EVENTS_PENDING));
+	else
+		*failed = bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(events + EVENTS_FLAGS)) ||
+			  bpf_probe_read_kernel(&pending, sizeof(pending), (void *)(events + EVENTS_PENDING));
+	return (flags & 0xffff) | (pending ? 1 << 16 : 0);
+}
+
+/*
+ * What KVM_GET_VCPU_EVENTS gave, where it cannot be read: KVM sets the flag exactly if the capability is enabled.
+ * Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
+ */
+static inline u32 payload_by_rule(struct vcpu_state *state, u64 vcpu)
+{
+	if (!(live_flags(state, vcpu) & FLAG_CAP))
+		return 0;
+	return VALID_TRIPLE_FAULT | (read_u64(vcpu + OFFSET_REQUESTS) & (1ULL << TRIPLE_FAULT) ? 1 << 16 : 0);
+}
+
+/* User space is about to write the registers of a guest in real mode: it resets the vCPU. */
+static inline int resets(u64 vcpu, u32 cmd, u64 argument)
+{
+	u64 cr0 = X86_CR0_PE;
+
+	if (cmd == KVM_SET_SREGS || cmd == KVM_SET_SREGS2)
+		bpf_probe_read_user(&cr0, sizeof(cr0), (void *)(argument + SREGS_CR0));
+	else if (cmd == KVM_SET_REGS)
+		bpf_probe_read_kernel(&cr0, sizeof(cr0), (void *)(vcpu + OFFSET_CR0));
+	return !(cr0 & X86_CR0_PE);
+}
+
+/* A thread enters an ioctl of a vCPU. */
+static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *known, new = { .vcpu = vcpu, .argument = argument, .cmd = cmd };
+	int failed;
+
+	if (cmd == KVM_SET_VCPU_EVENTS)
+		new.payload = payload(argument, 1, &failed);
+	known = threads.lookup(&tid);
+	if (known) {
+		if (known->vcpu && end_unseen(known)) {
+			/* A gap in that vCPU's events: whether it was saved, nobody knows. */
+			struct vcpu_state *gap = vcpus.lookup(&known->vcpu);
+
+			count(COUNT_MISSED);
+			if (gap) {
+				gap->seq++;
+				lose(gap->number, bpf_ktime_get_ns());
+				__sync_fetch_and_add(&gap->inside, -1);
+			}
+		}
+		*known = new;
+	} else if (threads.update(&tid, &new)) {
+		count(COUNT_MAP_FULL);
+		return;
+	}
+	__sync_fetch_and_add(&state->inside, 1);
+	boundary(state, vcpu, cmd == KVM_RUN ? KIND_RUN_ENTER : KIND_IOCTL_ENTER, cmd, 0, 0);
+	if ((state->word & WATCHED) && resets(vcpu, cmd, argument))
+		boundary(state, vcpu, KIND_RESET, cmd, 0, ALWAYS);
+}
+
+static inline void leave(struct vcpu_state *state, u64 vcpu)
+{
+	__sync_fetch_and_add(&state->inside, -1);
+	if (state->closing && !state->inside)
+		end_vcpu(state, vcpu, END_CLOSED);
+}
+
+/* KVM_RUN returns to user space. */
+static inline void end_of_run(struct vcpu_state *state, u64 vcpu, u32 reason, int error)
+{
+	u64 send_if = reason == KVM_EXIT_SHUTDOWN && !error ? ALWAYS : WATCHED;
+
+	count(COUNT_RUNS);
+	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, 0, send_if);
+	if (state->word & WATCHED) {
+		/* A VMM that has its registers in kvm_run gets the events with them: that is a save, too. */
+		u64 run = read_u64(vcpu + OFFSET_RUN);
+
+		if (read_u64(run + OFFSET_VALID_REGS) & KVM_SYNC_X86_EVENTS) {
+			struct reading reading = {};
+			int failed;
+			u32 saved = payload(run + OFFSET_SYNC_EVENTS, 0, &failed);
+
+			take_reading(state, vcpu, &reading);
+			send(state, &reading, KIND_SAVE, KVM_GET_VCPU_EVENTS, saved,
+			     FLAG_SYNC | live_flags(state, vcpu));
+		}
+	}
+}
+
+/* Inside KVM, after a function that can explain a request: its thread's vCPU is read. */
+static inline void after(u32 site, u64 send_if)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	if (!in || !in->vcpu)
+		return;				/* attached while this thread was inside: the next boundary will tell */
+	vcpu = in->vcpu;
+	state = vcpus.lookup(&vcpu);
+	if (state)
+		boundary(state, vcpu, KIND_SITE, site, 0, send_if);
+}
+
+/* An ioctl other than KVM_RUN returns. */
+static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument, u32 restored, int error)
+{
+	u64 arg = cmd | (u64)(u32)error << 32;
+	int failed;
+
+	if (cmd == KVM_GET_VCPU_EVENTS) {
+		u32 saved = payload(argument, 1, &failed);
+
+		if (failed)
+			saved = payload_by_rule(state, vcpu);
+		boundary(state, vcpu, KIND_SAVE, arg, saved, ALWAYS);
+	} else if (cmd == KVM_SET_VCPU_EVENTS) {
+		boundary(state, vcpu, KIND_RESTORE, arg, restored, ALWAYS);
+	} else {
+		boundary(state, vcpu, KIND_IOCTL_EXIT, arg, 0, WATCHED);
+	}
+}
+
+/* KVM_CAP_X86_TRIPLE_FAULT_EVENT was set on a VM. */
+static inline void cap_set(u64 kvm)
+{
+#ifdef OFFSET_TRIPLE_FAULT_EVENT
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+
+	if (FILTER && !filter.lookup(&pid))
+		return;
+	send_vm(bpf_ktime_get_ns(), pid, KIND_VM_CAP, read_u8(kvm + OFFSET_TRIPLE_FAULT_EVENT), vm_number(kvm, pid));
+#endif
+}
+
+/* Raw tracepoint kvm:kvm_userspace_exit (u32 reason, int errno): no vCPU, but its thread is inside KVM_RUN. */
+int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct in_ioctl *in = threads.lookup(&tid);
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	if (!in || !in->vcpu)
+		return 0;			/* attached while this thread was inside: the end of the system call is left */
+	vcpu = in->vcpu;
+	state = vcpus.lookup(&vcpu);
+	in->vcpu = 0;
+	if (!state)
+		return 0;
+	end_of_run(state, vcpu, ctx->args[0], ctx->args[1]);
+	leave(state, vcpu);
+	return 0;
+}

@@ -1,0 +1,147 @@
+"""The one event: what every engine writes and every analysis reads.
+
+Written down once, in :data:`FIELDS`. The C struct, the numpy dtype and the Arrow schema are derived from it; a test
+compiles the C and compares every offset. An event is one reading of a vCPU's requests word, so what changed between
+two hooks is ``before ^ requests`` and when it changed is the interval [``since_ns``, ``time_ns``].
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Version of the recorded schema. A reader refuses a newer one: a field that it does not know may change a verdict.
+SCHEMA_VERSION = 1
+
+
+class Field(NamedTuple):
+    """A field of the event: its name, its numpy type, and what it holds."""
+
+    name: str
+    dtype: str
+    meaning: str
+
+
+FIELDS = (
+    Field("time_ns", "u8", "CLOCK_MONOTONIC at the hook"),
+    Field("since_ns", "u8", "CLOCK_MONOTONIC when this vCPU's word was last read before; 0 if it never was"),
+    Field("requests", "u8", "vcpu->requests as read at the hook"),
+    Field("before", "u8", "vcpu->requests as it was last read before, at since_ns"),
+    Field("arg", "u8", "by kind: see Kind"),
+    Field("vcpu", "u4", "number of the vCPU, unique in the recording, from 1; 0: the event concerns a whole VM or VMM"),
+    Field("seq", "u4", "number of this event among those produced for this vCPU, from 1: a gap proves a loss"),
+    Field("pid", "u4", "process (tgid) that owns the VM"),
+    Field("tid", "u4", "thread that ran the hook"),
+    Field("detail", "u4", "by kind: see Kind"),
+    Field("cpu", "u2", "host CPU that ran the hook"),
+    Field("kind", "u1", "what was hooked, a Kind"),
+    Field("flags", "u1", "what holds at the hook, a set of Flag"),
+)
+
+#: One event as numpy sees it in the ring and in a batch.
+EVENT = np.dtype([(field.name, field.dtype) for field in FIELDS], align=True)
+
+
+class Kind(IntEnum):
+    """What was hooked. Numbers are part of the recorded schema: append, never renumber.
+
+    ``cmd`` is the ioctl number; ``errno`` is the negative return of the ioctl as a 32-bit integer (0: success).
+    """
+
+    VCPU_NEW = 1  # first sight of a vCPU (Flag.CREATED: its creation); arg: vcpu_id; detail: number of its VM
+    VCPU_END = 2  # nothing can run or save the vCPU any more; arg: an End
+    VMM_EXIT = 3  # vcpu 0: every vCPU of pid has ended; arg: an End
+    VM_CAP = 4  # vcpu 0: KVM_CAP_X86_TRIPLE_FAULT_EVENT was set; arg: 0 or 1; detail: number of the VM
+    IOCTL_ENTER = 5  # a vCPU ioctl begins, other than KVM_RUN; arg: cmd
+    IOCTL_EXIT = 6  # it returned; arg: cmd | errno << 32
+    SAVE = 7  # KVM_GET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
+    RESTORE = 8  # KVM_SET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
+    RUN_ENTER = 9  # KVM_RUN begins
+    RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32
+    RESET = 11  # the vCPU was reset: kvm_vcpu_reset, or registers written in real mode by user space; arg: cmd or 0
+    SITE = 12  # inside KVM, after a function that raises, clears or explains a request; arg: a Site
+    GUEST_ENTRY = 13  # detail full: the guest is entered
+    GUEST_EXIT = 14  # detail full: the guest was left; arg: hardware exit reason
+
+
+class Flag(IntFlag):
+    """What holds at the hook."""
+
+    CREATED = 1  # the creation of this vCPU was seen: no request is older than its first event
+    NESTED = 2  # the vCPU is in nested guest mode (L2)
+    CAP = 4  # KVM_CAP_X86_TRIPLE_FAULT_EVENT is enabled for the VM
+    CAP_EXISTS = 8  # this kernel has that capability
+    SYNC = 16  # the save went through kvm_run (KVM_SYNC_X86_EVENTS), not through the ioctl
+
+
+class End(IntEnum):
+    """How a vCPU ended."""
+
+    CLOSED = 1  # the last file descriptor of its process that leads to it was closed
+    EXITED = 2  # its process exited
+    EXECED = 3  # its process executed another program
+    DESTROYED = 4  # KVM destroyed it
+    REUSED = 5  # KVM has created another vCPU in its place
+
+
+class Site(IntEnum):
+    """Functions of KVM after which the word is read, by what they mean for a triple fault."""
+
+    EXCEPTION = 1
+    RSM = 2
+    REALMODE_INTERRUPT = 3
+    EMULATION = 4
+    NESTED_VMEXIT = 5
+    NESTED_ABORT = 6
+    SET_EFER = 7
+    MACHINE_CHECK = 8
+    REFLECT = 9  # nested_{svm,vmx}_triple_fault: L1 receives the shutdown VM-exit
+    HARDWARE_SHUTDOWN = 10  # shutdown_interception, handle_triple_fault: a shutdown that no request made
+    SYNC_EVENTS = 11  # kvm_vcpu_ioctl_x86_set_vcpu_events
+
+
+# struct kvm_vcpu_events.flags (uapi asm/kvm.h); Linux commit ed2351174e38
+# ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
+VALID_TRIPLE_FAULT = 0x20
+#: In ``detail`` of SAVE and RESTORE: kvm_vcpu_events.flags in the low 16 bits, triple_fault.pending != 0 in bit 16.
+PAYLOAD_FLAGS = 0xFFFF
+PAYLOAD_PENDING = 1 << 16
+
+# enum of KVM_EXIT_* (uapi linux/kvm.h), stable ABI.
+KVM_EXIT_SHUTDOWN = 8
+
+_C_TYPES = {"u8": "u64", "u4": "u32", "u2": "u16", "u1": "u8"}
+
+
+def c_struct() -> str:
+    """Return the event as the C struct that the probes fill."""
+    members = "\n".join(f"\t{_C_TYPES[field.dtype]} {field.name};\t/* {field.meaning} */" for field in FIELDS)
+    return f"struct event {{\n{members}\n}};\n"
+
+
+def c_constants() -> str:
+    """Return every Kind, Flag, End and Site as a C constant, such as ``KIND_RUN_EXIT``."""
+    return "".join(
+        f"#define {enum.__name__.upper()}_{member.name} {member.value}\n"
+        for enum in (Kind, Flag, End, Site)
+        for member in enum
+    )
+
+
+def arrow_schema() -> pa.Schema:
+    """Return the event as an Arrow schema: the columns of a recorded segment."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field(
+                field.name, pa.from_numpy_dtype(np.dtype(field.dtype)), nullable=False, metadata={"": field.meaning}
+            )
+            for field in FIELDS
+        ]
+    )

@@ -1,0 +1,201 @@
+"""What to do about each request that was lost, cannot be judged, is exposed or came too late.
+
+Advice is for the operator of the host, not for a developer of KVM: which guest not to trust, how to get a
+good one back, and how to keep it from happening again. What it says of a VMM was read in that VMM's source,
+mid 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from reports.document import records
+from reports.judged import Guest, guest_of, guests, needs_action, ranked, wait
+from reports.words import Clock, clip, interval, plural, shown
+
+if TYPE_CHECKING:
+    from analysis.judge import Judgement
+
+# A guest's name in running text; a longer one is cut.
+_NAME = 32
+# KVM_CAP_X86_TRIPLE_FAULT_EVENT (uapi linux/kvm.h); Linux commit ed2351174e38 ("KVM: x86: Extend
+# KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
+_CAP = "KVM_CAP_X86_TRIPLE_FAULT_EVENT (218)"
+# VMMs that save events and never enable it, and what to add to that.
+_NEVER = {"Firecracker": "", "Cloud Hypervisor": "", "OpenVMM": "", "crosvm": ", though it codes the flag"}
+
+
+class Finding(NamedTuple):
+    """Requests that share a fate and a remedy."""
+
+    kind: str  # "lost", "undecided", "exposed" or "stale"
+    title: str
+    cases: Sequence[str]  # one sentence or two for each request
+    more: int  # requests that `cases` has no room for
+    steps: Sequence[str]
+
+
+def findings(judgement: Judgement, *, most: int = 10) -> list[Finding]:
+    """Return what an operator must know and do, the worst first.
+
+    At most ``most`` requests of each finding are told one by one.
+    """
+    known = guests(judgement.vms)
+    clock = Clock(judgement.meta["clock"])
+    rows = judgement.lifecycles[needs_action(judgement.lifecycles)]
+    groups: dict[tuple[str, str, bool | None], list[dict[str, Any]]] = {}
+    for row in records(ranked(rows)):
+        kind, guest = _kind(row), guest_of(row, known)
+        # What to do about doubt does not depend on the VMM.
+        remedy = (kind, "", None) if kind == "undecided" else (kind, guest.vmm, guest.cap)
+        groups.setdefault(remedy, []).append(row)
+    return [
+        Finding(
+            kind,
+            _title(kind, len(group), vmm),
+            [_CASES[kind](row, guest_of(row, known), clock) for row in group[:most]],
+            max(len(group) - most, 0),
+            list(_STEPS[kind](vmm, cap)),
+        )
+        for (kind, vmm, cap), group in groups.items()
+    ]
+
+
+def survives(guest: Guest) -> str:
+    """Return what a save would do to a pending shutdown of a guest."""
+    return {True: "would survive a save", False: "would be LOST by a save", None: "not known"}[guest.cap]
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if row["end"] in ("lost", "undecided"):
+        return str(row["end"])
+    return "exposed" if row["end"] == "open" else "stale"
+
+
+def _title(kind: str, count: int, vmm: str) -> str:
+    where = f" under {vmm}" if vmm else ""
+    return {
+        "lost": f"{plural(count, 'request')} LOST{where}",
+        "undecided": f"{plural(count, 'request')} undecided",
+        "exposed": f"{plural(count, 'request')} still pending, and missing from a save{where}",
+        "stale": f"{plural(count, 'request')} delivered after a reset{where}",
+    }[kind]
+
+
+# --- what happened ------------------------------------------------------------------------------------------
+
+
+def _lost(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    saves = row["saves"] + row["blind_saves"]
+    without = f"the last of {saves:,} saves left it out" if saves > 1 else "the save left it out"
+    return (
+        f"{_raised(row, guest, clock)}; {without}, and the vCPU ended with it pending {_later(row)}. "
+        "Any copy made from that save runs on a state that asked to shut down."
+    )
+
+
+def _undecided(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    why = shown(str(row["why"] or "what decides it was not seen")).rstrip(".")
+    return f"{_raised(row, guest, clock)}; not decided: {why}."
+
+
+def _exposed(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    return (
+        f"{_raised(row, guest, clock)} and still pending when the recording ended; "
+        f"{plural(row['blind_saves'], 'save')} left it out. If the VMM ends now, it is lost."
+    )
+
+
+def _stale(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    return (
+        f"{_raised(row, guest, clock)}, before a reset, and delivered {_later(row)}: "
+        "it shut down the guest that had rebooted."
+    )
+
+
+_CASES = {"lost": _lost, "undecided": _undecided, "exposed": _exposed, "stale": _stale}
+
+
+def _raised(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    name = clip(guest.name, _NAME)
+    pid = f"pid {guest.pid}"
+    who = f"guest {name}" if name.startswith(pid) else f"guest {name} ({pid})"
+    request, by, when = shown(row["request"]), shown(row["raised_by"]), clock.when(row["raised_ns"])
+    if by == "unknown":
+        return f"{who} vCPU {row['vcpu']}: {request} was already pending when first seen at {when} UTC"
+    return f"{who} vCPU {row['vcpu']}: {request} was raised by {by} at {when} UTC"
+
+
+def _later(row: Mapping[str, Any]) -> str:
+    return f"{interval(*wait(row))} later"
+
+
+# --- what to do ---------------------------------------------------------------------------------------------
+
+
+def _after_loss(vmm: str, cap: bool | None) -> Iterator[str]:
+    yield (
+        "Do not trust the copies made from these saves (a snapshot, or the far end of a migration): the "
+        "guest had failed and should have shut down. Stop them and boot afresh, or restore a snapshot taken "
+        "before the time given."
+    )
+    yield from _prevention(vmm, cap)
+
+
+def _after_exposure(vmm: str, cap: bool | None) -> Iterator[str]:
+    yield (
+        "Let the guest run on this host: KVM then delivers the shutdown. Discard the snapshots made since "
+        "the time given, and do not migrate the guest before."
+    )
+    yield from _prevention(vmm, cap)
+
+
+def _after_stale(vmm: str, cap: bool | None) -> Iterator[str]:
+    yield ("Start the guest again: the shutdown was meant for its life before the reset, nothing is wrong with it now.")
+    if vmm == "QEMU" and not cap:
+        yield (
+            "QEMU clears the request on a reset from 7.2 on, where the kernel has capability 218 (Linux "
+            "6.0): update the older of the two."
+        )
+    else:
+        yield (
+            f"Neither KVM nor a reset by user space clears it. {vmm or 'The VMM'} must, by "
+            f"KVM_SET_VCPU_EVENTS with KVM_VCPUEVENT_VALID_TRIPLE_FAULT and pending=0, which needs {_CAP}."
+        )
+
+
+def _after_doubt(_vmm: str, _cap: bool | None) -> Iterator[str]:
+    yield (
+        "Treat a guest that was saved or migrated meanwhile as if the request were lost, until a recording "
+        "without gaps says otherwise."
+    )
+    yield (
+        "Record again with less to carry: only the guests in question (-p PID), detail boundary. "
+        "kvmreq doctor says which engine sees most on this host."
+    )
+
+
+_STEPS = {"lost": _after_loss, "undecided": _after_doubt, "exposed": _after_exposure, "stale": _after_stale}
+
+
+# How to keep it from happening again.
+def _prevention(vmm: str, cap: bool | None) -> Iterator[str]:
+    if cap:
+        yield (
+            f"{_CAP} is enabled for this guest, yet a save came without the request: it was enabled too "
+            "late, or the VMM has a bug. Report it to its project, with this recording."
+        )
+    elif vmm == "QEMU":
+        yield f"QEMU enables {_CAP} from 7.2 on, where the kernel has it (Linux 6.0): update the older one."
+    elif vmm in _NEVER:
+        yield (
+            f"As of mid 2026 {vmm} never enables {_CAP}{_NEVER[vmm]}: each of its saves drops a pending "
+            "shutdown. Ask its project to enable it, and record around every snapshot and migration until it "
+            "does."
+        )
+    else:
+        yield (
+            f"Make {vmm or 'the VMM'} enable {_CAP} with KVM_ENABLE_CAP before it saves, and carry "
+            "triple_fault.pending to the copy; QEMU does from 7.2 on. It needs Linux 6.0."
+        )

@@ -1,0 +1,101 @@
+"""The JSON document: a contract (``"schema": "kvmreq.report/1"``) that other programs rely on.
+
+Keys may be added, never renamed or given another meaning. Times are nanoseconds of CLOCK_MONOTONIC, as
+integers; ``recording.clock`` pairs that clock with UTC. What the document does not name here it does not
+carry, so that nothing which a recording may hold one day leaks by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from reports.words import native
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.judge import Judgement
+
+SCHEMA = "kvmreq.report/1"
+
+_RECORDING = (
+    "host", "boot_id", "kernel", "kvm_module", "kvm_parameters", "engine", "engine_why", "detail", "requests",
+    "started_ns", "ended_ns", "clock", "plan", "counters",
+)  # fmt: skip
+_LIFECYCLE = (
+    "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
+)  # fmt: skip
+
+
+def document(judgement: Judgement) -> dict[str, Any]:
+    """Return everything that was judged, as values that ``json.dumps`` takes."""
+    return {
+        "schema": SCHEMA,
+        "recording": {
+            **{key: judgement.meta.get(key) for key in _RECORDING},
+            "events": int(judgement.events),
+            "clean": bool(judgement.clean),
+            "left_out": list(judgement.left_out),
+        },
+        "loss": {**judgement.loss.as_json(), "total": judgement.loss.total},
+        "vms": [
+            {
+                "vm": row["vm"],
+                "pid": row["pid"],
+                "name": row["name"],
+                "vmm": row["vmm"],
+                "triple_fault_cap": row["triple_fault_cap"],
+                "vcpus": row["vcpus"],
+                "first_ns": row["first_ns"],
+            }
+            for row in records(judgement.vms)
+        ],
+        "lifecycles": [one_lifecycle(row) for row in records(judgement.lifecycles)],
+        "shutdowns": [
+            {key: row[key] for key in ("vm", "pid", "vcpu", "time_ns", "source", "nested")}
+            for row in records(judgement.shutdowns)
+        ],
+        "summary": {str(end): int(count) for end, count in judgement.summary.items()},
+        "exit_status": int(judgement.exit_status),
+    }
+
+
+def one_lifecycle(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the lifecycles as the contract has it: also one line of the live stream.
+
+    ``raised_ns`` is [last seen without, first seen with], ``ended_ns`` [last seen with, first seen without];
+    null where it has not ended.
+    """
+    plain = {key: native(row[key]) for key in ("vm", "pid", "vcpu", "request", "raised_by", "end", *_LIFECYCLE)}
+    ended_ns = native(row["ended_ns"])
+    return {
+        "vm": plain["vm"],
+        "pid": plain["pid"],
+        "vcpu": plain["vcpu"],
+        "request": plain["request"],
+        "raised_by": plain["raised_by"],
+        "raised_ns": [native(row["raised_after_ns"]), native(row["raised_ns"])],
+        "end": plain["end"],
+        "ended_ns": [
+            native(row["ended_after_ns"]),
+            ended_ns if ended_ns is not None and ended_ns >= 0 else None,
+        ],
+        **{key: plain[key] for key in _LIFECYCLE},
+    }
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as dictionaries of plain Python values."""
+    plain = {str(name): _plain(table[name]) for name in table.columns}
+    return [dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)]
+
+
+# numpy's own integers and truth values cannot be missing, and become Python's all at once.
+def _plain(column: pd.Series[Any]) -> list[Any]:
+    values = column.tolist()
+    return (
+        values
+        if getattr(column.dtype, "kind", "O") in "iub" and not hasattr(column.dtype, "na_value")
+        else list(map(native, values))
+    )

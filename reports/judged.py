@@ -1,0 +1,272 @@
+"""What every report shares: which requests come first, what they are called, and how long they waited.
+
+The rows that an operator must act on come first everywhere, so that a table cut short never hides a loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from reports.document import records
+from reports.words import Clock, clip, duration, guest, plural, shown
+
+if TYPE_CHECKING:
+    from analysis.judge import Judgement
+
+# Worst first; `stale` and `exposed` stand between the ends, see _rank. Ends that are not named here come
+# last.
+_RANKS = ("lost", "undecided", "exposed", "stale", "open", "abandoned")
+# Ends by which a request had its effect: too late, if the vCPU was reset before.
+_SERVED = ("delivered", "reflected", "serviced")
+
+#: VMMs as their projects write them, by the name of their program.
+VMMS: Mapping[str, str] = {
+    "qemu": "QEMU",
+    "firecracker": "Firecracker",
+    "cloud-hypervisor": "Cloud Hypervisor",
+    "crosvm": "crosvm",
+    "openvmm": "OpenVMM",
+    "libkrun": "libkrun",
+    "kvmtool": "kvmtool",
+    "gvisor": "gVisor",
+    "virtualbox": "VirtualBox",
+}
+
+
+# Cells of the name of a VMM that is not among them: it is whatever its file is called.
+_VMM = 24
+
+
+class Headline(NamedTuple):
+    """The verdict in one line, and how bad it is: ``bad``, ``unsure`` or ``good``."""
+
+    text: str
+    tone: str
+
+
+class Guest(NamedTuple):
+    """A virtual machine as people know it."""
+
+    name: str  # fit to be shown, see words.shown
+    pid: int
+    vmm: str
+    cap: bool | None
+    vcpus: int
+
+
+def headline(judgement: Judgement) -> Headline:
+    """Return the verdict on a recording."""
+    lifecycles = judgement.lifecycles
+    lost, undecided, exposed = (
+        int((lifecycles["end"] == "lost").sum()),
+        undecided_count(judgement),
+        _exposed_count(lifecycles),
+    )
+    if lost:
+        return Headline(f"{plural(lost, 'request was', 'requests were')} LOST", "bad")
+    if undecided:
+        return Headline(f"{plural(undecided, 'request')} undecided, none seen lost", "unsure")
+    if exposed:
+        return Headline(f"nothing lost so far, {plural(exposed, 'request')} still exposed", "unsure")
+    if judgement.exit_status == 4:
+        return Headline("nothing seen lost, but not everything was seen", "unsure")
+    if lifecycles.empty:
+        return Headline("nothing lost: no request was raised", "good")
+    return Headline("nothing lost", "good")
+
+
+def undecided_count(judgement: Judgement) -> int:
+    """Return how many requests could not be judged."""
+    return int((judgement.lifecycles["end"] == "undecided").sum())
+
+
+def watched(judgement: Judgement) -> str:
+    """Return what was judged and how much was watched for it, as one sentence."""
+    meta = judgement.meta
+    parts = [
+        plural(len(judgement.lifecycles), "request"),
+        plural(len(judgement.vms), "guest"),
+        plural(int(judgement.vms["vcpus"].sum()), "vCPU"),
+    ]
+    sentence = f"{parts[0]} judged in {parts[1]} with {parts[2]}"
+    if meta.get("ended_ns") is not None:
+        sentence += f", watched for {duration(meta['ended_ns'] - meta['started_ns'])}"
+    boundaries = (meta.get("counters") or {}).get("boundaries")
+    if boundaries is not None:
+        sentence += f" over {plural(int(boundaries), 'user-space boundary', 'user-space boundaries')}"
+    return sentence + "."
+
+
+def where(judgement: Judgement) -> str:
+    """Return where and when the recording was made, as one sentence."""
+    meta = judgement.meta
+    host, kernel, engine = (shown(str(meta[key])) for key in ("host", "kernel", "engine"))
+    began = Clock(meta["clock"]).when(meta["started_ns"])
+    return f"Host {host}, Linux {kernel}, engine {engine}, from {began} UTC."
+
+
+def guests(vms: pd.DataFrame) -> dict[int, Guest]:
+    """Return the guests of a recording by their number, which tells apart those of the same name."""
+    rows = records(vms)
+    names = [guest(row["name"], row["pid"]) for row in rows]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    return {
+        row["vm"]: Guest(
+            f"{name} #{row['vm']}" if name in twice else name,
+            row["pid"],
+            vmm(row["vmm"]),
+            row["triple_fault_cap"],
+            row["vcpus"],
+        )
+        for row, name in zip(rows, names, strict=True)
+    }
+
+
+def guest_of(row: Mapping[str, Any], known: Mapping[int, Guest]) -> Guest:
+    """Return the guest of a lifecycle or shutdown, even if the event that introduced it was lost."""
+    return known.get(row["vm"]) or Guest(guest(None, row["pid"]), row["pid"], "", None, 0)
+
+
+def vmm(name: object) -> str:
+    """Return the name of a VMM as its project writes it; empty if it is not known."""
+    if not isinstance(name, str):
+        return ""
+    return VMMS.get(name.lower().replace("_", "-").replace(" ", "-"), clip(shown(name), _VMM))
+
+
+def ranked(lifecycles: pd.DataFrame) -> pd.DataFrame:
+    """Return the lifecycles with those that need an operator first, then in order of time."""
+    order = lifecycles.assign(rank=_rank(lifecycles)).sort_values(["rank", "raised_ns"], kind="stable")
+    return order.drop(columns="rank")
+
+
+def needs_action(lifecycles: pd.DataFrame) -> pd.Series[bool]:
+    """Return which lifecycles an operator must do something about."""
+    return _rank(lifecycles) < _RANKS.index("open")
+
+
+# The place of each row in _RANKS; a request that lived through a blind save comes before those that were
+# never in danger.
+def _rank(lifecycles: pd.DataFrame) -> pd.Series[Any]:
+    word = lifecycles["end"].astype("object")
+    stale = lifecycles["stale"].astype(bool) & word.isin(_SERVED)
+    word = word.mask(stale, "stale").mask(_exposed(lifecycles), "exposed")
+    places = {name: float(place) for place, name in enumerate(_RANKS)}
+    rank: pd.Series[Any] = word.map(places).astype(float).fillna(float(len(_RANKS) + 1))
+    return rank.mask((rank > len(_RANKS)) & (lifecycles["blind_saves"] > 0), float(len(_RANKS)))
+
+
+def _exposed(lifecycles: pd.DataFrame) -> pd.Series[bool]:
+    return (lifecycles["end"] == "open") & lifecycles["exposed"].astype(bool)
+
+
+def _exposed_count(lifecycles: pd.DataFrame) -> int:
+    return int(_exposed(lifecycles).sum())
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Return the end of a lifecycle with what qualifies it, such as ``delivered, stale``."""
+    marks = [str(row["end"])]
+    if row["end"] == "open" and row["exposed"]:
+        marks.append("exposed")
+    if row["end"] in _SERVED and row["stale"]:
+        marks.append("stale")
+    return ", ".join(marks)
+
+
+def waits(lifecycles: pd.DataFrame) -> pd.DataFrame:
+    """Return how long each ended request was pending, within bounds.
+
+    One row for each lifecycle that ended and was decided: ``request``, ``end``, ``lower_ns``, ``upper_ns``.
+    The upper bound of a request that was pending when tracing began would reach back to the boot of the host:
+    such rows are left out.
+    """
+    known = (lifecycles["ended_ns"] >= 0) & (lifecycles["raised_after_ns"] > 0) & (lifecycles["end"] != "undecided")
+    ended = lifecycles[known]
+    return pd.DataFrame(
+        {
+            "request": ended["request"],
+            "end": ended["end"],
+            "lower_ns": np.maximum(ended["ended_after_ns"].astype("int64") - ended["raised_ns"].astype("int64"), 0),
+            "upper_ns": ended["ended_ns"].astype("int64") - ended["raised_after_ns"].astype("int64"),
+        }
+    )
+
+
+def wait(row: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Return the least and the longest time that a request was pending; None for a longest not known."""
+    lower = max(int(row["ended_after_ns"]) - int(row["raised_ns"]), 0)
+    ended = row["ended_ns"]
+    if ended is None or ended < 0 or row["raised_after_ns"] <= 0:
+        return lower, None
+    return lower, int(ended) - int(row["raised_after_ns"])
+
+
+def stories(story: pd.DataFrame) -> dict[Any, pd.DataFrame]:
+    """Return the story of each lifecycle by its vCPU number, request and raise."""
+    # Not dict(groupby): that would take the grouping's own `keys` for a mapping's.
+    groups = story.groupby(["vcpu_number", "request", "raised_ns"], observed=True, sort=False)
+    return {key: part for key, part in groups}  # noqa: C416
+
+
+class Fact(NamedTuple):
+    """A line about the recording: what it is called and what it is."""
+
+    name: str
+    text: str
+
+
+def recording_facts(judgement: Judgement) -> Sequence[Fact]:
+    """Return where, when and how the recording was made."""
+    meta = judgement.meta
+    clock = Clock(meta["clock"])
+    ended_ns = meta.get("ended_ns")
+    engine = f"{meta['engine']}: {meta['engine_why']}" if meta.get("engine_why") else str(meta["engine"])
+    parameters = ", ".join(f"{key}={value}" for key, value in sorted((meta.get("kvm_parameters") or {}).items()))
+    facts = [
+        Fact("host", shown(str(meta["host"]))),
+        Fact("kernel", shown(str(meta["kernel"]))),
+        Fact("KVM module", shown(str(meta.get("kvm_module") or "not known"))),
+        Fact("its parameters", shown(parameters)),
+        Fact("engine", shown(engine)),
+        Fact("detail", shown(str(meta["detail"]))),
+        Fact("requests", ", ".join(shown(str(each)) for each in meta["requests"])),
+        Fact("began", f"{clock.when(meta['started_ns'])} UTC"),
+        Fact(
+            "ended",
+            f"{clock.when(ended_ns)} UTC" if ended_ns is not None else "not known: the recorder was killed",
+        ),
+        Fact("events", f"{judgement.events:,}"),
+    ]
+    return [fact for fact in facts if fact.text]
+
+
+def losses(judgement: Judgement) -> Sequence[Fact]:
+    """Return what the tracer could not record, by cause; empty if it recorded everything."""
+    loss = judgement.loss
+    facts = [
+        (loss.ring_full, "ring full", "events for which the ring had no room"),
+        (
+            loss.map_full,
+            "map full",
+            "vCPUs, threads or guests that did not fit the tracer's maps: not traced",
+        ),
+        (loss.missed, "missed", "hooks that did not run, or did not find their vCPU"),
+        (loss.not_written, "not written", "events that reached the tracer but not the disk"),
+    ]
+    lost = [Fact(name, f"{count:,} {meaning}") for count, name, meaning in facts if count]
+    lost += [Fact("left out", shown(str(reason))) for reason in judgement.left_out]
+    if not judgement.clean:
+        lost.append(Fact("killed", "the recorder did not end by itself: what came after its last segment is not known"))
+    return lost
+
+
+def unseen(judgement: Judgement) -> Sequence[Fact]:
+    """Return what the engine cannot see on this host, by the fact that is missing."""
+    plan = judgement.meta.get("plan") or ()
+    return [Fact(shown(str(entry["fact"])), shown(str(entry["unseen"]))) for entry in plan if entry.get("unseen")]

@@ -1,0 +1,33 @@
+"""Lifecycles as CSV, one row each: for spreadsheets, R and the shell.
+
+The columns and their order are stable. They have the names of the JSON document, with each interval as two
+columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+from reports.document import records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "vm", "pid", "vcpu", "request", "raised_by", "raised_after_ns", "raised_ns", "end", "ended_after_ns",
+    "ended_ns", "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
+)  # fmt: skip
+
+
+def lifecycles_csv(lifecycles: pd.DataFrame) -> str:
+    """Return the lifecycles as CSV with a heading; ``ended_ns`` is empty where a request has not ended."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in records(lifecycles[list(COLUMNS)]):
+        if row["ended_ns"] is not None and row["ended_ns"] < 0:
+            row["ended_ns"] = None
+        writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
+    return text.getvalue()

@@ -1,0 +1,714 @@
+"""Reports on tables written out here: what they say, that it fits, and that no guest's name can break out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import stat
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports import advice, document, figures, html, judged, table, text, words
+from tracer.errors import BadRecording
+from tracer.loss import Loss, VcpuLoss
+
+START_NS = 5_000_000_000
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "$x^2$ & \"quotes'",
+    "日本語のゲスト",
+    "new\nline\x1b[31m",
+    "\u202egnp.exe",
+    "a" * 300,
+    "$",
+]
+
+
+# --- tables to report on ------------------------------------------------------------------------------------
+
+LIFECYCLE = {
+    "vm": "int64",
+    "pid": "int64",
+    "vcpu": "int64",
+    "vcpu_number": "int64",
+    "request": "str",
+    "raised_by": "str",
+    "raised_after_ns": "int64",
+    "raised_ns": "int64",
+    "end": "str",
+    "ended_after_ns": "int64",
+    "ended_ns": "int64",
+    "userspace_exits": "int64",
+    "saves": "int64",
+    "blind_saves": "int64",
+    "nested": "bool",
+    "stale": "bool",
+    "exposed": "bool",
+    "why": "str",
+}
+VM = {
+    "vm": "int64",
+    "pid": "int64",
+    "name": "object",
+    "vmm": "object",
+    "triple_fault_cap": "boolean",
+    "vcpus": "int64",
+    "first_ns": "int64",
+}
+SHUTDOWN = {
+    "vm": "int64",
+    "pid": "int64",
+    "vcpu": "int64",
+    "vcpu_number": "int64",
+    "time_ns": "int64",
+    "source": "str",
+    "nested": "bool",
+}
+META: Mapping[str, Any] = {
+    "schema": 1,
+    "host": "kvm-host-7",
+    "boot_id": "11111111-2222-3333-4444-555555555555",
+    "kernel": "6.12.107-amd64",
+    "kvm_module": "kvm_amd",
+    "kvm_parameters": {"npt": "1", "nested": "1"},
+    "engine": "tracepoint",
+    "engine_why": "this kernel forbids kprobes",
+    "detail": "boundary",
+    "requests": ["triple_fault"],
+    "started_ns": START_NS,
+    "ended_ns": START_NS + 62_300_000_000,
+    "clock": {"monotonic_ns": START_NS, "utc_ns": 1_795_000_000_123_456_789},
+    "plan": [
+        {"fact": "KVM_RUN returned", "hook": "raw_tracepoint kvm_userspace_exit", "unseen": None},
+        {"fact": "user space saved the events", "hook": "raw_tracepoint sys_exit", "unseen": None},
+        {
+            "fact": "raised by RSM",
+            "hook": None,
+            "unseen": "who raised a request inside KVM_RUN: it is called kvm_run",
+        },
+    ],
+    "counters": {"boundaries": 1_234_567, "produced": 89},
+}
+
+
+@dataclass
+class Judged:
+    """What analysis.judge.Judgement gives, written by hand."""
+
+    lifecycles: pd.DataFrame
+    vms: pd.DataFrame
+    shutdowns: pd.DataFrame
+    loss: Loss = field(default_factory=Loss)
+    events: int = 89
+    summary: Mapping[str, int] = field(default_factory=dict)
+    exit_status: int = 0
+    left_out: list[str] = field(default_factory=list)
+    clean: bool = True
+    meta: Mapping[str, Any] = field(default_factory=lambda: META)
+
+
+def frame(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows as a table of the given types, also when there are none."""
+    return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in columns.items()})
+
+
+def lifecycle(vm: int = 1, end: str = "delivered", **values: Any) -> dict[str, Any]:
+    """Return a lifecycle of 8.1 to 8.4 ms, raised 1 s into the recording."""
+    raised_ns = values.get("raised_ns", START_NS + 1_000_000_000)
+    ended_ns = -1 if end == "open" else raised_ns + 8_300_000
+    return {
+        "vm": vm,
+        "pid": 4_000 + vm,
+        "vcpu": 0,
+        "vcpu_number": vm,
+        "request": "triple_fault",
+        "raised_by": "set_mce",
+        "raised_after_ns": raised_ns - 100_000,
+        "raised_ns": raised_ns,
+        "end": end,
+        "ended_after_ns": raised_ns + 8_100_000,
+        "ended_ns": ended_ns,
+        "userspace_exits": 1,
+        "saves": 0,
+        "blind_saves": 0,
+        "nested": False,
+        "stale": False,
+        "exposed": False,
+        "why": "",
+        **values,
+    }
+
+
+def vm(
+    number: int = 1,
+    name: str | None = "web-1",
+    vmm: str | None = "qemu",
+    cap: bool | None = True,
+    vcpus: int = 1,
+) -> dict[str, Any]:
+    """Return a guest."""
+    return {
+        "vm": number,
+        "pid": 4_000 + number,
+        "name": name,
+        "vmm": vmm,
+        "triple_fault_cap": cap,
+        "vcpus": vcpus,
+        "first_ns": START_NS,
+    }
+
+
+def judgement(
+    lifecycles: Sequence[Mapping[str, Any]] = (),
+    vms: Sequence[Mapping[str, Any]] | None = None,
+    **values: Any,
+) -> Any:
+    """Return a judgement on some lifecycles, with the guests that they name."""
+    guests = (
+        [vm(number, f"web-{number}") for number in sorted({row["vm"] for row in lifecycles})] if vms is None else vms
+    )
+    ends = [row["end"] for row in lifecycles]
+    hardware = values.pop("shutdowns", ())
+    return Judged(
+        frame(LIFECYCLE, lifecycles),
+        frame(VM, guests),
+        frame(SHUTDOWN, hardware),
+        summary={end: ends.count(end) for end in dict.fromkeys(ends)},
+        exit_status=3 if "lost" in ends else 4 if "undecided" in ends else 0,
+        **values,
+    )
+
+
+def latency(judgement: Any) -> pd.DataFrame:
+    """Return the summary by request and end, slow and obvious."""
+    rows = []
+    for (request, end), part in judged.waits(judgement.lifecycles).groupby(["request", "end"]):
+        row = {"request": request, "end": end, "count": len(part)}
+        for name, share in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}.items():
+            for bound in ("lower", "upper"):
+                row[f"{name}_{bound}_ns"] = int(part[f"{bound}_ns"].quantile(share, interpolation="higher"))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def tell(lifecycles: pd.DataFrame) -> pd.DataFrame:
+    """Return a story for each lifecycle, with as many returns and saves as it counts."""
+    rows: list[dict[str, Any]] = []
+    for row in lifecycles.to_dict("records"):
+        key = {"vcpu_number": row["vcpu_number"], "request": row["request"], "raised_ns": row["raised_ns"]}
+        stop = row["ended_after_ns"]
+        span = stop - row["raised_ns"]
+        steps = [("raised", row["raised_ns"])]
+        steps += [
+            ("userspace_exit", row["raised_ns"] + int(span * (n + 1) / (row["userspace_exits"] + 1)))
+            for n in range(row["userspace_exits"])
+        ]
+        steps += [("save", row["raised_ns"] + int(span * (0.3 + 0.1 * n))) for n in range(row["saves"])]
+        steps += [("blind_save", row["raised_ns"] + int(span * (0.7 + 0.1 * n))) for n in range(row["blind_saves"])]
+        steps += [("reset", row["raised_ns"] + span // 2)] if row["stale"] else []
+        steps += [("restore", row["raised_ns"] + span * 9 // 10)] if row["end"] == "cleared" else []
+        steps += [(row["end"], row["ended_ns"])] if row["ended_ns"] >= 0 else []
+        rows += [{**key, "time_ns": time_ns, "what": what} for what, time_ns in sorted(steps, key=lambda step: step[1])]
+    return pd.DataFrame(rows, columns=["vcpu_number", "request", "raised_ns", "time_ns", "what"])
+
+
+def everything() -> Any:
+    """Return a judgement with every end, every finding and a loss."""
+    ends = ["delivered", "reflected", "cleared", "handed_over", "abandoned", "open", "undecided", "lost"]
+    rows = [
+        lifecycle(number, end, raised_ns=START_NS + number * 1_000_000_000) for number, end in enumerate(ends, start=1)
+    ]
+    rows[0] |= {"userspace_exits": 500}
+    rows[1] |= {"nested": True, "raised_by": "nested_vmexit"}
+    rows[3] |= {"saves": 2, "raised_by": "set_vcpu_events"}
+    rows[5] |= {"blind_saves": 1, "exposed": True, "raised_by": "realmode_interrupt"}
+    rows[6] |= {"why": "3 events of this vCPU were lost between two of its saves"}
+    rows[7] |= {"saves": 1, "blind_saves": 1, "userspace_exits": 23}
+    rows.append(lifecycle(1, stale=True, vcpu=1, vcpu_number=11, raised_by="unknown", raised_after_ns=0))
+    names = [
+        "web-1",
+        "mail",
+        "db-primary",
+        "build-worker-3",
+        None,
+        "cache",
+        "日本語のゲスト",
+        "payments-production-eu-central-1",
+    ]
+    vmms = ["qemu", "qemu", "crosvm", "qemu", None, "cloud-hypervisor", "firecracker", "firecracker"]
+    caps = [True, True, False, True, None, False, False, False]
+    vms = [
+        vm(number, *guest, vcpus=number) for number, guest in enumerate(zip(names, vmms, caps, strict=True), start=1)
+    ]
+    hardware = {
+        "vm": 2,
+        "pid": 4_002,
+        "vcpu": 0,
+        "vcpu_number": 2,
+        "time_ns": START_NS + 7,
+        "source": "hardware",
+        "nested": False,
+    }
+    return judgement(
+        rows,
+        vms,
+        shutdowns=[hardware, {**hardware, "source": "request"}],
+        loss=Loss(ring_full=31, missed=2, vcpus={7: VcpuLoss(31, START_NS, START_NS + 5)}),
+        left_out=["segment-000007.parquet: its checksum is wrong"],
+        clean=False,
+        meta={**META, "ended_ns": None},
+    )
+
+
+def source(judgement: Any) -> html.Source:
+    """Return a judgement as the page takes it."""
+    return html.Source(judgement, latency(judgement), tell)
+
+
+# --- the contract -------------------------------------------------------------------------------------------
+
+
+def test_the_document_has_every_key_of_the_contract_and_json_types() -> None:
+    """DESIGN.md, "The command": the JSON document."""
+    whole = document.document(everything())
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+    assert whole["schema"] == "kvmreq.report/1"
+    assert {"host", "kernel", "engine", "detail", "events"} <= whole["recording"].keys()
+    assert {"ring_full", "map_full", "missed"} <= whole["loss"].keys()
+    for guest in whole["vms"]:
+        assert {"vm", "pid", "name", "vmm", "triple_fault_cap", "vcpus"} <= guest.keys()
+        assert guest["triple_fault_cap"] in (True, False, None)
+        assert type(guest["vcpus"]) is int
+    keys = {
+        "vm",
+        "pid",
+        "vcpu",
+        "request",
+        "raised_by",
+        "raised_ns",
+        "end",
+        "ended_ns",
+        "userspace_exits",
+        "saves",
+        "blind_saves",
+        "nested",
+        "stale",
+        "why",
+    }
+    for row in whole["lifecycles"]:
+        assert keys <= row.keys()
+        assert all(type(row[name]) is int for name in ("vm", "pid", "vcpu", "userspace_exits", "saves", "blind_saves"))
+        assert all(type(row[name]) is bool for name in ("nested", "stale"))
+        assert len(row["raised_ns"]) == len(row["ended_ns"]) == 2
+        assert (row["ended_ns"][1] is None) == (row["end"] == "open")
+    for row in whole["shutdowns"]:
+        assert {"vm", "pid", "vcpu", "time_ns", "source"} <= row.keys()
+    assert whole["summary"]["delivered"] == 2
+
+
+def test_one_lifecycle_is_the_same_in_the_document_and_in_the_stream() -> None:
+    """A live stream gives one JSON object a line, equal to what the report will say."""
+    found = everything()
+    rows = [document.one_lifecycle(row) for _, row in found.lifecycles.iterrows()]
+    assert rows == document.document(found)["lifecycles"]
+    assert rows[0]["raised_ns"] == [START_NS + 1_000_000_000 - 100_000, START_NS + 1_000_000_000]
+
+
+def test_missing_values_are_null() -> None:
+    """NaN is no JSON, and pandas has four ways to say missing."""
+    assert [words.native(value) for value in (np.nan, pd.NA, pd.NaT, None, np.int64(3), np.bool_(True))] == [
+        None
+    ] * 4 + [3, True]
+
+
+def test_nothing_that_the_contract_does_not_name_gets_out() -> None:
+    """A recording may hold what nobody but its reader should see, such as an address."""
+    found = everything()
+    found.meta = {**found.meta, "kvm_address": "ffff888100000000"}
+    found.lifecycles["pointer"] = 0xFFFF888100000000
+    assert "ffff8881" not in json.dumps(document.document(found))
+    assert str(0xFFFF888100000000) not in json.dumps(document.document(found))
+
+
+def test_csv_has_stable_columns_and_the_numbers_of_the_table() -> None:
+    """One row for each lifecycle; what has not ended has no end."""
+    found = everything()
+    rows = list(csv.DictReader(io.StringIO(table.lifecycles_csv(found.lifecycles))))
+    assert tuple(rows[0]) == table.COLUMNS
+    assert [row["end"] for row in rows] == list(found.lifecycles["end"])
+    assert [row["ended_ns"] for row in rows if row["end"] == "open"] == [""]
+    assert rows[0]["stale"] == "false"
+    assert [int(row["userspace_exits"]) for row in rows] == list(found.lifecycles["userspace_exits"])
+    assert table.lifecycles_csv(frame(LIFECYCLE, [])) == ",".join(table.COLUMNS) + "\n"
+
+
+# --- the terminal -------------------------------------------------------------------------------------------
+
+
+def rows_of(report: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table below a heading."""
+    lines = iter(report.splitlines())
+    next(line for line in lines if line.startswith(heading))
+    next(lines)
+    found = []
+    for line in lines:
+        if not line.strip() or line.startswith("  In all"):
+            break
+        found.append(line.split())
+    return found
+
+
+def test_the_terminal_says_the_numbers_of_the_table() -> None:
+    """Exact below a million."""
+    rows = [
+        lifecycle(1, "lost", userspace_exits=23, saves=2, blind_saves=1),
+        lifecycle(2, userspace_exits=999_999),
+    ]
+    found = text.report(judgement(rows), latency(judgement(rows)))
+    assert found.startswith("1 request was LOST\n")
+    assert rows_of(found, "Verdicts on triple_fault") == [
+        ["web-1", "0", "set_mce", "23", "2", "1", "lost"],
+        ["web-2", "0", "set_mce", "999999", "0", "0", "delivered"],
+    ]
+    assert "8.1-8.4 ms" in found
+    assert "Losses of the tracer: none" in found
+
+
+def test_what_needs_an_operator_comes_first() -> None:
+    """A table cut short never hides a loss."""
+    found = everything()
+    assert list(judged.ranked(found.lifecycles)["end"].head(4)) == ["lost", "undecided", "open", "delivered"]
+    assert [finding.kind for finding in advice.findings(found)] == ["lost", "undecided", "exposed", "stale"]
+    many = judgement(
+        [lifecycle(number) for number in range(1, 5_000)] + [lifecycle(5_000, "lost", raised_ns=START_NS + 10**12)]
+    )
+    report = text.report(many, latency(many))
+    assert rows_of(report, "Verdicts")[0][-1] == "lost"
+    assert "and 4,960 more" in report
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ([], "nothing lost: no request was raised"),
+        (["delivered"], "nothing lost"),
+        (["lost", "lost", "undecided"], "2 requests were LOST"),
+        (["undecided", "delivered"], "1 request undecided, none seen lost"),
+    ],
+)
+def test_the_headline_says_the_worst(ends: list[str], says: str) -> None:
+    """One line, and lost before undecided."""
+    found = judgement([lifecycle(number, end) for number, end in enumerate(ends, start=1)])
+    assert text.report(found, latency(found)).splitlines()[0] == says
+
+
+def test_guests_of_one_name_are_told_apart() -> None:
+    """By the number that the document gives them: a VMM may run several guests in one process."""
+    found = judged.guests(frame(VM, [{**vm(1, None), "pid": 7}, {**vm(2, None), "pid": 7}, vm(3)]))
+    assert [guest.name for guest in found.values()] == ["pid 7 #1", "pid 7 #2", "web-1"]
+
+
+def test_advice_names_the_vmm_and_the_version_that_helps() -> None:
+    """facts/VMMS.md, in the operator's words."""
+    said = {
+        vmm: " ".join(
+            advice.findings(judgement([lifecycle(1, "lost", blind_saves=1)], [vm(1, "g", vmm, cap=cap)]))[0].steps
+        )
+        for vmm, cap in (("qemu", False), ("firecracker", False), (None, None), ("QEMU", True))
+    }
+    assert "from 7.2 on" in said["qemu"]
+    assert "Firecracker never enables" in said["firecracker"]
+    assert "Make the VMM enable" in said[None]
+    assert "enabled too late" in said["QEMU"]
+    assert all("218" in each for each in said.values())
+
+
+names = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=120), st.none())
+numbers = st.integers(0, 2**63 - 1)
+ends = st.lists(st.sampled_from(["lost", "undecided", "open", "handed_over"]), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_every_line_is_under_80_columns_and_free_of_control_characters(data: st.DataObject) -> None:
+    """Whatever guests are called and however large the numbers are."""
+    rows = [
+        lifecycle(
+            number,
+            end,
+            vcpu=data.draw(st.integers(0, 2**32 - 1)),
+            pid=data.draw(st.integers(1, 2**22)),
+            request=data.draw(st.sampled_from(["triple_fault", "tlb_flush_current", "get_nested_state_pages"])),
+            raised_by=data.draw(st.sampled_from(["set_mce", "realmode_interrupt", "unknown"])),
+            userspace_exits=data.draw(numbers),
+            saves=data.draw(st.integers(0, 2**62)),
+            blind_saves=data.draw(st.integers(0, 2**62)),
+            stale=data.draw(st.booleans()),
+            exposed=data.draw(st.booleans()),
+            why=data.draw(st.text(max_size=200)),
+        )
+        for number, end in enumerate(data.draw(ends), start=1)
+    ]
+    vms = [
+        vm(
+            number,
+            data.draw(names),
+            data.draw(names),
+            data.draw(st.sampled_from([True, False, None])),
+            data.draw(st.integers(0, 10**9)),
+        )
+        for number in range(1, 6)
+    ]
+    shutdowns = [
+        {
+            "vm": 1,
+            "pid": 1,
+            "vcpu": 2**32 - 1,
+            "vcpu_number": 1,
+            "time_ns": 2**60,
+            "source": "hardware",
+            "nested": False,
+        }
+    ]
+    loss = Loss(data.draw(numbers), data.draw(numbers), data.draw(numbers), data.draw(numbers))
+    meta = {**META, "host": data.draw(st.text(max_size=100)), "kernel": data.draw(st.text(max_size=100))}
+    found = judgement(rows, vms, shutdowns=shutdowns, loss=loss, meta=meta, left_out=[data.draw(st.text(max_size=200))])
+    lines = text.report(found, latency(found)).split("\n")
+    clock = words.Clock(META["clock"])
+    known = judged.guests(found.vms)
+    lines += [text.live_heading(), *(text.live(row, judged.guest_of(row, known), clock) for row in rows)]
+    for line in lines:
+        assert words.cells(line) < 80, line
+        assert line == "" or line.isprintable(), line
+
+
+@given(st.integers(0, 2**50), st.integers(0, 2**50))
+def test_an_interval_never_claims_more_than_is_known(lower: int, width: int) -> None:
+    """Its lower bound is rounded down, its upper bound up."""
+    said = words.interval(lower, lower + width)
+    sizes = {
+        "ns": 1,
+        "µs": 10**3,
+        "ms": 10**6,
+        "s": 10**9,
+        "min": 60 * 10**9,
+        "h": 3_600 * 10**9,
+        "d": 86_400 * 10**9,
+    }
+
+    def ns(text: str) -> Fraction:
+        parts = text.split()
+        return sum(
+            (Fraction(count) * sizes[unit] for count, unit in zip(parts[::2], parts[1::2], strict=True)),
+            Fraction(),
+        )
+
+    if width and not said.startswith("<"):
+        low, high = (
+            said.split(" to ")
+            if " to " in said
+            else (f"{each} {said.split()[1]}" for each in said.split()[0].split("-"))
+        )
+        assert ns(low) <= lower
+        assert ns(high) >= lower + width
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "says"),
+    [
+        (8_100, 8_400, "8.1-8.4 µs"),
+        (0, 8_400, "< 8.4 µs"),
+        (8_100, None, "> 8.1 µs"),
+        (950, 1_200, "0.95-1.2 µs"),
+        (5, 5, "5 ns"),
+        (999_999, 999_999, "1 ms"),
+        (130 * 10**9, 200 * 10**9, "2 min 10 s to 3 min 20 s"),
+        (1_234, 1_235, "1.23-1.24 µs"),
+    ],
+)
+def test_intervals_have_sensible_units(lower: int, upper: int | None, says: str) -> None:
+    """The unit is that of the upper bound."""
+    assert words.interval(lower, upper) == says
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def axes() -> Axes:
+    """Return axes of no file and no window."""
+    return Figure().add_subplot()
+
+
+def save(drawn: Axes) -> None:
+    """Render, so that what is only checked then is checked."""
+    figure = drawn.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(io.BytesIO(), format="svg")
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_swimlanes_are_drawn_for_none_one_and_many(count: int) -> None:
+    """A lane for each request, and its name beside it."""
+    found = judgement(
+        [lifecycle(number, blind_saves=number % 3, userspace_exits=number * 12) for number in range(1, count + 1)]
+    )
+    drawn = figures.draw_swimlanes(found.lifecycles, tell(found.lifecycles), judged.guests(found.vms), axes())
+    assert len(drawn.get_yticklabels()) == count or count == 0
+    save(drawn)
+
+
+@pytest.mark.parametrize("found", [judgement(), judgement([lifecycle()]), everything()], ids=["none", "one", "many"])
+def test_every_figure_is_drawn(found: Any) -> None:
+    """An empty table gives a figure that says so."""
+    with mpl.rc_context(figures.STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for drawn in (
+            figures.draw_latency(judged.waits(found.lifecycles), axes()),
+            figures.draw_exposure(list(judged.guests(found.vms).values()), axes()),
+            figures.draw_losses({"ring full": found.loss.ring_full, "missed": found.loss.missed}, axes()),
+        ):
+            save(drawn)
+
+
+def test_latency_band_holds_the_bounds() -> None:
+    """The early edge uses the lower bounds, the late edge the upper ones."""
+    waits = pd.DataFrame({"request": "triple_fault", "end": "delivered", "lower_ns": [10, 30], "upper_ns": [20, 40]})
+    edges = [np.asarray(line.get_xydata()) for line in figures.draw_latency(waits, axes()).get_lines()[:2]]
+    early, late = ([share for at, share in edge if at in (10, 20, 30, 40)] for edge in edges)
+    assert early == [0.5, 0.5, 1, 1]
+    assert late == [0, 0.5, 0.5, 1]
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The elements, attributes and text of a page; fails where tags do not match."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(content)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element."""
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element without content."""
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Check that the element that ends is the last that began."""
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Note text."""
+        self.texts.append(data)
+
+
+def pages() -> Iterator[Any]:
+    """Return judgements that a page must survive."""
+    hostile = [vm(number, name, name, cap=False) for number, name in enumerate(HOSTILE, start=1)]
+    yield judgement()
+    yield everything()
+    yield judgement(
+        [lifecycle(number, "lost", blind_saves=1, why="<b>&") for number in range(1, len(HOSTILE) + 1)],
+        hostile,
+    )
+
+
+@pytest.mark.parametrize("found", list(pages()), ids=["nothing", "everything", "hostile"])
+def test_the_page_is_well_formed_and_needs_nothing_else(found: Any) -> None:
+    """No script, no address, no id twice, and text where a picture is."""
+    content = html.page([source(found), source(found)])
+    page = Page(content)
+    assert not {"script", "iframe", "object", "link", "img"} & {tag for tag, _ in page.elements}
+    assert "http" not in content.replace("http-equiv", "")
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = {
+        value for _, attributes in page.elements for name, value in attributes.items() if name == "href" and value
+    }
+    assert references <= {f"#{each}" for each in ids}
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert all(attributes.get("aria-label") for tag, attributes in page.elements if tag == "svg")
+    for picture in content.split("<figure>")[1:]:
+        ET.fromstring(picture.partition("</figure>")[0])
+
+
+def test_a_hostile_name_stays_a_name() -> None:
+    """In the tables and in the pictures: never an element, a formula or a line of its own."""
+    texts = Page(html.page([source(list(pages())[2])])).texts
+    for name in HOSTILE[:3]:
+        assert any(name in each for each in texts), name
+    assert any("new\\nline\\x1b" in each for each in texts)
+    assert not any("\u202e" in each or "\x1b" in each for each in texts)
+
+
+def test_a_page_about_nothing_says_how_much_was_watched() -> None:
+    """No request is a result, not a failure."""
+    content = " ".join(" ".join(Page(html.page([source(judgement(vms=[vm()]))])).texts).split())
+    assert "Nothing lost: no request was raised" in content
+    assert "watched for 62.3 s over 1,234,567 user-space boundaries" in content
+
+
+def test_thousands_are_limited_and_it_says_so() -> None:
+    """A page that a browser can open, with the lost first."""
+    found = judgement([lifecycle(number) for number in range(1, 3_000)] + [lifecycle(3_000, "lost", blind_saves=1)])
+    content = html.page([source(found)])
+    assert "and 2,800 requests more" in content
+    assert len(content) < 2_000_000
+    assert content.index('<tr class="bad">') < content.index('<tr class="good">')
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what, why and what to do; the older report stays."""
+    path = tmp_path / "report.html"
+    html.write(path, [source(judgement())])
+    written = path.read_text(encoding="utf-8")
+    assert written.endswith("</html>")
+    with pytest.raises(BadRecording, match=r"cannot be written: No such file or directory \(name a file"):
+        html.write(tmp_path / "missing" / "report.html", [source(judgement())])
+    for bad, why in {
+        tmp_path: "Is a directory",
+        Path("/"): "Is a directory",
+        path / "report.html": "Not a directory",
+        tmp_path / ("a" * 300): "File name too long",
+    }.items():
+        with pytest.raises(BadRecording, match=why):
+            html.write(bad, [source(judgement())])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadRecording, match="No space left"):
+        html.write(path, [source(everything())])
+    assert path.read_text(encoding="utf-8") == written
+    assert list(tmp_path.iterdir()) == [path]
+    assert stat.S_ISREG(path.stat().st_mode)

@@ -1,0 +1,254 @@
+"""The BPF engines: programs compiled by BCC, attached by the plan, read through the mapped ring.
+
+The only importer of bcc. Everything that BCC or the kernel prints while it fails goes into the error, not to the
+terminal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from probes import plan as plans
+from probes import program
+from probes.btf import Btf, MissingField
+from probes.plan import Hook, Plan, Via
+from probes.schema import EVENT
+from tracer import host
+from tracer.errors import CannotTrace
+from tracer.loss import Loss, VcpuLoss
+from tracer.ring import Ring
+
+# enum counter of probes/programs/vcpu.c.
+_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries", "runs")
+
+_BPF_OBJ_GET_INFO_BY_FD = 15  # enum bpf_cmd, uapi linux/bpf.h
+
+
+class _ProgInfo(ctypes.Structure):
+    # struct bpf_prog_info (uapi linux/bpf.h), as far as recursion_misses. Linux commit 9ed9e9ba2337
+    # ("bpf: Count the number of times recursion was prevented") (in v5.12).
+    _fields_ = (
+        ("before", ctypes.c_uint8 * 192),
+        ("run_time_ns", ctypes.c_uint64),
+        ("run_cnt", ctypes.c_uint64),
+        ("recursion_misses", ctypes.c_uint64),
+    )
+
+
+class _GetInfo(ctypes.Structure):
+    # The `info` member of union bpf_attr (uapi linux/bpf.h).
+    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and the reason why it was taken, or why it cannot be."""
+
+    engine: str
+    plan: Plan | None
+    why_not: str | None
+
+
+def choices() -> list[Choice]:
+    """Return every BPF engine, the best first, each with its plan or the reason why it cannot work here."""
+    return [_choice("kprobe"), _choice("tracepoint")]
+
+
+def _choice(engine: str) -> Choice:
+    reason = host.not_allowed() or host.no_btf()
+    if reason is None and engine == "kprobe":
+        reason = host.no_kprobes()
+    if reason is not None:
+        return Choice(engine, None, reason)
+    hooks = plans.HOOKS[engine][0]
+    tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
+    functions = (
+        host.addresses(hook.target for hook in hooks if hook.via is not Via.RAW_TRACEPOINT)
+        if any(hook.via is not Via.RAW_TRACEPOINT for hook in hooks)
+        else {}
+    )
+    plan = plans.make(engine, functions, tracepoints)
+    if plan.hopeless and not host.kvm().flavours:
+        return Choice(engine, plan, "KVM is not loaded: load kvm_intel or kvm_amd")
+    return Choice(engine, plan, plan.hopeless)
+
+
+@contextmanager
+def _stderr_kept() -> Iterator[Callable[[], str]]:
+    """Keep what BCC, clang and libbpf print while they work; the yielded function returns it."""
+    with tempfile.TemporaryFile() as kept:
+        saved = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+
+        def text() -> str:
+            kept.seek(0)
+            return kept.read().decode(errors="replace")
+
+        try:
+            yield text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _why(error: BaseException, printed: str) -> str:
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line or "invalid" in line or "not allowed" in line]
+    return f"{error}: {(telling or lines)[-1]}" if lines else str(error)
+
+
+class Engine:
+    """Programs attached to the running kernel, and what they have to say.
+
+    A context manager: leaving it detaches everything. Nothing is pinned, so the kernel also drops everything when the
+    process dies.
+    """
+
+    def __init__(self, plan: Plan, settings: program.Settings, pids: Iterable[int] = ()) -> None:
+        self.plan = plan
+        self.settings = settings
+        try:
+            with Btf("kvm") as btf:
+                found = program.offsets(btf)
+        except MissingField as error:
+            raise CannotTrace(
+                f"the {plan.engine} engine cannot read vCPUs: {error}", hint="kvmreq doctor tells what works here"
+            ) from error
+        symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf"))
+        text = program.source(plan, settings, found, symbols)
+        os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
+        with _stderr_kept() as printed:
+            try:
+                from bcc import BPF
+
+                self._bpf: Any = BPF(text=text, cflags=["-Wno-unused-function"])
+            except Exception as error:
+                # BCC raises Exception itself, for everything.
+                raise CannotTrace(
+                    f"the {plan.engine} engine cannot be loaded: {_why(error, printed())}",
+                    hint="kvmreq doctor tells what works here",
+                ) from error
+        self._counters = self._bpf["counters"]
+        self._lost = self._bpf["lost"]
+        self._lost[ctypes.c_uint32(0)] = self._lost.Leaf()
+        for pid in pids:
+            self._bpf["filter"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
+        self._ring = Ring(self._bpf["ring"].map_fd, settings.ring_bytes, EVENT)
+        self._seen_losses = -1
+        self._vcpu_losses: Mapping[int, VcpuLoss] = {}
+        self.unseen: list[str] = []
+
+    def attach(self) -> None:
+        """Set every hook of the plan, in its order.
+
+        A hook that the kernel refuses although it should exist is left out and named in :attr:`unseen`, unless the
+        engine cannot do without it.
+        """
+        for hook in self.plan.attachable:
+            with _stderr_kept() as printed:
+                try:
+                    self._attach(hook)
+                except Exception as error:
+                    why = _why(error, printed())
+                    if hook.required:
+                        raise CannotTrace(
+                            f"the {self.plan.engine} engine cannot hook {hook.target}: {why}",
+                            hint="kvmreq doctor tells what works here",
+                        ) from error
+                    self.unseen.append(f"{hook.unseen} ({hook.target} refused: {why})")
+
+    def _attach(self, hook: Hook) -> None:
+        if hook.via is Via.RAW_TRACEPOINT:
+            self._bpf.attach_raw_tracepoint(tp=hook.target, fn_name=hook.program)
+        elif hook.via is Via.KPROBE:
+            self._bpf.attach_kprobe(event=hook.target, fn_name=hook.program)
+        else:
+            self._bpf.attach_kretprobe(event=hook.target, fn_name=hook.program)
+
+    def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
+        """Return the events that are in the ring, ``most`` at the most."""
+        return self._ring.drain(most)
+
+    @property
+    def pending(self) -> int:
+        """Return how many events wait in the ring."""
+        return self._ring.pending
+
+    def counters(self) -> dict[str, int]:
+        """Return the totals that the programs keep, over all CPUs: events produced, boundaries read and so on."""
+        return {name: int(sum(self._counters[ctypes.c_int(index)])) for index, name in enumerate(_COUNTERS)}
+
+    def loss(self) -> Loss:
+        """Return what was lost in the kernel until now."""
+        counters = self.counters()
+        missed = counters["missed"] + self._recursion_misses()
+        told = counters["ring_full"] + counters["missed"]
+        if told != self._seen_losses:
+            self._vcpu_losses = {
+                int(number.value): VcpuLoss(int(loss.count), int(loss.first_ns), int(loss.last_ns))
+                for number, loss in self._lost.items()
+                if loss.count
+            }
+            self._seen_losses = told
+        return Loss(
+            ring_full=counters["ring_full"], map_full=counters["map_full"], missed=missed, vcpus=self._vcpu_losses
+        )
+
+    def _recursion_misses(self) -> int:
+        total = 0
+        for function in self._bpf.funcs.values():
+            info = _ProgInfo()
+            request = _GetInfo(function.fd, ctypes.sizeof(info), ctypes.addressof(info))
+            if host.bpf_syscall(_BPF_OBJ_GET_INFO_BY_FD, request) >= 0:
+                total += info.recursion_misses
+        return total
+
+    @contextmanager
+    def asking_for(self, pid: int) -> Iterator[None]:
+        """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
+        census = self._bpf["census"]
+        census[ctypes.c_int(0)] = ctypes.c_uint32(pid)
+        try:
+            yield
+        finally:
+            census[ctypes.c_int(0)] = ctypes.c_uint32(0)
+
+    def descriptors_of(self, pid: int, low: int, high: int) -> None:
+        """Tell the programs between which descriptors the vCPUs of a process lie."""
+        if self.plan.engine == "tracepoint":
+            vmms = self._bpf["vmms"]
+            vmms[ctypes.c_uint32(pid)] = vmms.Leaf(low, high)
+
+    def sweep(self, ended: set[int]) -> None:
+        """Forget the vCPUs of processes that have ended: their places are needed."""
+        vcpus = self._bpf["vcpus"]
+        for address, state in list(vcpus.items()):
+            if state.pid in ended:
+                del vcpus[address]
+
+    def detach(self) -> None:
+        """Take every hook away. The ring can still be drained."""
+        for name in list(self._bpf.raw_tracepoint_fds):
+            self._bpf.detach_raw_tracepoint(tp=name)
+        for name in list(self._bpf.kprobe_fds):
+            self._bpf.detach_kprobe_event(name)
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        self._ring.close()
+        self._bpf.cleanup()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,163 @@
+"""Guests: which processes are VMMs, what their guests are called, and which vCPUs they have.
+
+Names are found as each VMM gives them (QEMU -name and -uuid, Firecracker --id, Cloud Hypervisor --api-socket, crosvm
+--name, libvirt's machine slice), so they are the users' words: whoever prints them escapes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tracer.errors import NoSuchGuest
+
+PROC = Path("/proc")
+_VCPU = re.compile(r"anon_inode:\[?kvm-vcpu(?::\d+)?\]?")
+_ANY_KVM = re.compile(r"anon_inode:\[?kvm-(?:vm|vcpu)(?::\d+)?\]?|/dev/kvm")
+_PIDFD_GETFD = 438  # Linux commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6)
+# _IO(KVMIO, 0xff): no ioctl of a vCPU. KVM refuses it before it looks, for the asking process is not the VM's own.
+_NO_IOCTL = 0xAEFF
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What a VMM calls its guest."""
+
+    pid: int
+    name: str
+    vmm: str | None  # qemu, firecracker, cloud-hypervisor, crosvm, or the process's own name
+    uuid: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the guest as a recording's meta.json holds it."""
+        return asdict(self)
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return (PROC / str(pid) / name).read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _option(arguments: Sequence[str], *names: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        for name in names:
+            if argument == name and index + 1 < len(arguments):
+                return arguments[index + 1]
+            if argument.startswith(f"{name}="):
+                return argument[len(name) + 1 :]
+    return None
+
+
+def _qemu_name(value: str | None) -> str | None:
+    if not value:
+        return None
+    # -name guest=NAME,debug-threads=on or -name NAME,...; a comma in a name is written twice.
+    parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
+    for part in parts:
+        if part.startswith("guest="):
+            return part.removeprefix("guest=")
+    return parts[0] if "=" not in parts[0] else None
+
+
+def _libvirt_name(cgroup: str) -> str | None:
+    # systemd-machined's scope: machine-qemu\x2d1\x2dNAME.scope, with \xHH for what a unit name may not hold.
+    found = re.search(r"machine-(\w+)\\x2d\d+\\x2d([^/\n]+)\.scope", cgroup)
+    if not found:
+        return None
+    return re.sub(r"\\x([0-9a-f]{2})", lambda code: chr(int(code[1], 16)), found[2])
+
+
+def describe(pid: int, arguments: Sequence[str], cgroup: str, comm: str) -> Guest:
+    """Return the guest of a VMM, from its command line, its cgroup path and its process name."""
+    program = Path(arguments[0]).name if arguments else comm
+    rest = arguments[1:]
+    name: str | None = None
+    vmm: str | None = comm or None
+    uuid = None
+    if program.startswith("qemu") or program == "kvm":
+        vmm = "qemu"
+        uuid = _option(rest, "-uuid", "--uuid")
+        name = _qemu_name(_option(rest, "-name", "--name")) or _libvirt_name(cgroup) or uuid
+    elif program.startswith("firecracker"):
+        vmm, name = "firecracker", _option(rest, "--id")
+    elif program.startswith("cloud-hyperviso"):
+        vmm, name = "cloud-hypervisor", _option(rest, "--api-socket")
+    elif program.startswith("crosvm"):
+        vmm, name = "crosvm", _option(rest, "--name") or _option(rest, "--socket", "-s")
+    return Guest(pid, name or _libvirt_name(cgroup) or f"pid {pid}", vmm, uuid)
+
+
+def guest(pid: int) -> Guest:
+    """Return the guest of a process; one that has gone is named by its number."""
+    arguments = [argument for argument in _read(pid, "cmdline").split("\0") if argument]
+    return describe(pid, arguments, _read(pid, "cgroup"), _read(pid, "comm").strip())
+
+
+def _links(pid: int) -> Iterator[tuple[int, str]]:
+    try:
+        for entry in os.scandir(PROC / str(pid) / "fd"):
+            with contextlib.suppress(OSError):
+                yield int(entry.name), os.readlink(entry.path)  # noqa: PTH115 - a DirEntry is no Path
+    except OSError:
+        return  # gone, or not ours to look at
+
+
+def vcpu_descriptors(pid: int) -> list[int]:
+    """Return the descriptors of a process that lead to vCPUs."""
+    return sorted(number for number, link in _links(pid) if _VCPU.fullmatch(link))
+
+
+def running() -> dict[int, list[int]]:
+    """Return every process that has vCPUs, and the descriptors that lead to them."""
+    found = {}
+    for entry in os.listdir(PROC):
+        if entry.isdigit() and (descriptors := vcpu_descriptors(int(entry))):
+            found[int(entry)] = descriptors
+    return found
+
+
+def check_vmms(pids: Iterable[int]) -> None:
+    """Raise :class:`NoSuchGuest` unless each of these processes is a VMM."""
+    hint = "kvmreq doctor lists the guests that run here"
+    for pid in pids:
+        if not (PROC / str(pid)).exists():
+            raise NoSuchGuest(f"no process {pid}", hint=hint)
+        if not any(_ANY_KVM.fullmatch(link) for _, link in _links(pid)):
+            raise NoSuchGuest(f"process {pid} is no VMM: it has no KVM descriptor open", hint=hint)
+
+
+def ask(pid: int, descriptors: Iterable[int]) -> bool:
+    """Make the hooks see these vCPUs of another process now, without waiting for the guest.
+
+    Borrows each descriptor (pidfd_getfd) and makes an ioctl that KVM refuses before it touches the vCPU: the guest does
+    not notice. Returns False when the kernel or its policy does not let a descriptor be borrowed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return True  # gone: nothing to see
+    complete = True
+    try:
+        for number in descriptors:
+            borrowed = libc.syscall(_PIDFD_GETFD, process, number, 0)
+            if borrowed < 0:
+                complete = complete and ctypes.get_errno() in (3, 9)  # ESRCH, EBADF: it has gone meanwhile
+                continue
+            try:
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(borrowed, _NO_IOCTL)
+            finally:
+                os.close(borrowed)
+    finally:
+        os.close(process)
+    return complete

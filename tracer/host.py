@@ -1,0 +1,172 @@
+"""What this host offers a tracer of KVM: asked for, one fact at a time, never derived from a version."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SYS = Path("/sys")
+PROC = Path("/proc")
+
+# linux/capability.h: numbers of the capabilities that a tracer needs, if it is not root.
+_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_FLAVOURS = {"kvm_intel": "Intel VMX", "kvm_amd": "AMD SVM", "kvm_pvm": "PVM"}
+
+
+def release() -> str:
+    """Return the running kernel's release, as uname -r prints it."""
+    return platform.release()
+
+
+def hostname() -> str:
+    """Return the host's name."""
+    return platform.node()
+
+
+def boot_id() -> str:
+    """Return the identity of this boot: monotonic times of two recordings compare only within one."""
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def clock_pair() -> dict[str, int]:
+    """Return the same moment on CLOCK_MONOTONIC and in UTC, in ns, read as closely together as Python can."""
+    best: tuple[int, int, int] | None = None
+    for _ in range(5):
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        utc = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        if best is None or after - before < best[0]:
+            best = (after - before, (before + after) // 2, utc)
+    assert best is not None
+    return {"monotonic_ns": best[1], "utc_ns": best[2]}
+
+
+def capabilities() -> set[str]:
+    """Return which of the capabilities that matter to a tracer this process has."""
+    status = (PROC / "self/status").read_text()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    mask = int(found[1], 16) if found else 0
+    return {name for name, number in _CAPABILITIES.items() if mask >> number & 1}
+
+
+def not_allowed() -> str | None:
+    """Say which privileges are missing, if any are."""
+    missing = sorted({"CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"} - capabilities())
+    if missing:
+        return f"this process lacks {', '.join(missing)}: run as root"
+    return None
+
+
+@dataclass(frozen=True)
+class Kvm:
+    """KVM on this host."""
+
+    flavours: tuple[str, ...]  # kvm_intel, kvm_amd, kvm_pvm: more than one can be loaded
+    parameters: dict[str, str]  # of kvm and of its flavours, as /sys/module shows them
+
+    @property
+    def module(self) -> str:
+        """Return the flavours in words."""
+        return ", ".join(f"{name} ({_FLAVOURS.get(name, '?')})" for name in self.flavours) or "none"
+
+
+def kvm() -> Kvm:
+    """Return the flavours of KVM that are loaded, and their parameters."""
+    modules = SYS / "module"
+    flavours = tuple(sorted(path.name for path in modules.glob("kvm_*") if path.name in _FLAVOURS))
+    parameters = {}
+    for name in ("kvm", *flavours):
+        for path in sorted((modules / name / "parameters").glob("*")):
+            try:
+                parameters[f"{name}.{path.name}"] = path.read_text().strip()
+            except OSError:
+                continue  # write-only parameters exist
+    return Kvm(flavours, parameters)
+
+
+def no_dev_kvm() -> str | None:
+    """Say why /dev/kvm cannot be used, if it cannot."""
+    device = Path("/dev/kvm")
+    if not device.exists():
+        return "/dev/kvm is missing: load kvm_intel or kvm_amd, or enable virtualization in the firmware"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return "/dev/kvm cannot be opened: run as root"
+    return None
+
+
+def lockdown() -> str | None:
+    """Return the kernel's lockdown mode ('integrity', 'confidentiality'), or None where it has none."""
+    try:
+        text = (SYS / "kernel/security/lockdown").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\[(\w+)\]", text)
+    return found[1] if found and found[1] != "none" else None
+
+
+def addresses(names: Iterable[str]) -> dict[str, int]:
+    """Return the addresses of those kernel functions that exist. They never leave the tracer.
+
+    A compiler's suffix (``enter_smm.constprop.0``) makes another name: such a function has other arguments.
+    """
+    wanted = set(names)
+    text = (PROC / "kallsyms").read_bytes()
+    pattern = rb"^([0-9a-f]+) [tT] (" + b"|".join(re.escape(name.encode()) for name in wanted) + rb")(?=[\t\n])"
+    return {match[2].decode(): int(match[1], 16) for match in re.finditer(pattern, text, re.MULTILINE)}
+
+
+def tracepoints(names: Iterable[str]) -> set[str]:
+    """Return those tracepoints that a raw tracepoint program can be attached to.
+
+    Every tracepoint has a function ``__traceiter_NAME`` that runs what is attached. Linux commit d25e37d89dd2
+    ("tracepoint: Optimize using static_call()") (in v5.10).
+    """
+    found = addresses(f"__traceiter_{name}" for name in names)
+    return {name.removeprefix("__traceiter_") for name in found}
+
+
+def no_kprobes() -> str | None:
+    """Say why kprobes cannot be used, if they cannot."""
+    if not (SYS / "bus/event_source/devices/kprobe").exists():
+        return "this kernel was built without kprobes (CONFIG_KPROBE_EVENTS)"
+    mode = lockdown()
+    if mode == "confidentiality":
+        return "the kernel is locked down (confidentiality): kprobes are refused"
+    return None
+
+
+def no_btf() -> str | None:
+    """Say why the offsets of kernel fields cannot be known, if they cannot."""
+    if not (SYS / "kernel/btf/vmlinux").exists():
+        return "/sys/kernel/btf/vmlinux is missing: the kernel was built without BTF (CONFIG_DEBUG_INFO_BTF)"
+    return None
+
+
+@cache
+def possible_cpus() -> int:
+    """Return one more than the highest number that a CPU of this host can have."""
+    text = (SYS / "devices/system/cpu/possible").read_text()
+    return int(re.split(r"[-,]", text.strip())[-1]) + 1
+
+
+def is_root_of_pids() -> bool:
+    """Tell whether this process sees the host's own process numbers, which BPF reports."""
+    try:
+        # PROC_PID_INIT_INO (include/linux/proc_ns.h): the inode of the first pid namespace.
+        return os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC
+    except OSError:
+        return False
+
+
+def bpf_syscall(command: int, attributes: ctypes.Structure) -> int:
+    """Make the bpf system call; return its result, or the negative errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = int(libc.syscall(321, command, ctypes.byref(attributes), ctypes.sizeof(attributes)))
+    return result if result >= 0 else -ctypes.get_errno()

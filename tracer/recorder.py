@@ -1,0 +1,290 @@
+"""The recorder: from a live host to a recording, and to whoever follows it.
+
+The reader drains the ring on a timer (the probes never wake it: that would cost the guest), and a second thread writes
+segments, so that a slow disk stops nothing before the queue between them is full. What does not fit is counted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from probes import requests
+from probes.plan import Plan
+from probes.program import Settings
+from probes.schema import SCHEMA_VERSION, Kind
+from tracer import guests, host
+from tracer.bpf import Choice, Engine, choices
+from tracer.errors import CannotTrace, KvmreqError
+from tracer.loss import Loss
+from tracer.recording import Writer
+
+_POLL_S = 0.05
+_SEGMENT_S = 1.0  # a segment appears at most twice this after its first event
+_SEGMENT_EVENTS = 2_000_000
+_QUEUE = 4  # segments that wait to be written
+
+Batch = npt.NDArray[np.void]
+#: What a follower is given: a batch of events, the loss until then, and the guests by VM number.
+Follower = Callable[[Batch, Loss, Mapping[int, guests.Guest]], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asked to be traced."""
+
+    engine: str = "auto"
+    requests: Sequence[str] = ("triple_fault",)
+    full: bool = False
+    pids: Sequence[int] = ()
+    ring_bytes: int = 32 << 20
+
+
+class Chosen(NamedTuple):
+    """The engine that a recording uses, and why that one."""
+
+    plan: Plan
+    why: str
+
+
+def choose(engine: str) -> Chosen:
+    """Return the engine that was asked for; for ``auto`` the best that works here.
+
+    Raises :class:`CannotTrace` with the reason why an engine does not work here.
+    """
+    offers = {choice.engine: choice for choice in choices()}
+    if engine != "auto":
+        if engine not in offers:
+            raise CannotTrace(f"unknown engine {engine!r}", hint=f"engines: {', '.join(offers)}, auto")
+        offer = offers[engine]
+        if offer.why_not is not None or offer.plan is None:
+            raise CannotTrace(
+                f"the {engine} engine does not work here: {offer.why_not}", hint="kvmreq doctor tells which do"
+            )
+        return Chosen(offer.plan, "asked for")
+    refused: list[str] = []
+    for offer in offers.values():
+        if offer.why_not is None and offer.plan is not None:
+            best = "the best there is" if not refused else "; ".join(refused)
+            return Chosen(offer.plan, best)
+        refused.append(f"{offer.engine}: {offer.why_not}")
+    raise CannotTrace(f"no engine works here ({'; '.join(refused)})", hint="kvmreq doctor tells more")
+
+
+def watched(wish: Wish) -> dict[int, str]:
+    """Return bit -> name of the requests that a wish names. Raises KvmreqError for one that this kernel has not."""
+    try:
+        return requests.selected(wish.requests, requests.names(host.release()))
+    except requests.UnknownRequest as error:
+        raise KvmreqError(str(error)) from error
+
+
+class _SegmentWriter(threading.Thread):
+    """Writes segments one after the other; an error ends it, and is raised by :meth:`check`."""
+
+    def __init__(self, writer: Writer) -> None:
+        super().__init__(name="kvmreq-writer", daemon=True)
+        self._writer = writer
+        self._queue: queue.Queue[tuple[list[Batch], Loss, int] | None] = queue.Queue(_QUEUE)
+        self.error: KvmreqError | None = None
+        self.not_written = 0
+        self.start()
+
+    def run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            batches, loss, until_ns = item
+            events = sum(map(len, batches))
+            if self.error is None:
+                try:
+                    self._writer.segment(np.concatenate(batches), loss, until_ns)
+                    continue
+                except KvmreqError as error:
+                    self.error = error
+            self.not_written += events
+
+    def put(self, batches: list[Batch], loss: Loss, until_ns: int) -> None:
+        """Hand over a segment; waits while too many are unwritten."""
+        self._queue.put((batches, loss, until_ns))
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        self._queue.put(None)
+        self.join()
+
+
+@dataclass
+class Recorder:
+    """One recording in the making. Use: ``start()``, then ``poll()`` until it should end, then ``stop()``."""
+
+    path: Path
+    wish: Wish
+    follower: Follower | None = None
+    guests: dict[int, guests.Guest] = field(default_factory=dict)
+    events: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Attach, look up the guests that already run, and create the recording. Raises KvmreqError."""
+        guests.check_vmms(self.wish.pids)
+        names = watched(self.wish)
+        chosen = choose(self.wish.engine)
+        self.plan = chosen.plan
+        clock = host.clock_pair()
+        kvm = host.kvm()
+        self._engine = Engine(
+            chosen.plan,
+            Settings(
+                watched=sum(1 << bit for bit in names),
+                cpus=host.possible_cpus(),
+                full=self.wish.full,
+                filtered=bool(self.wish.pids),
+                ring_bytes=self.wish.ring_bytes,
+            ),
+            self.wish.pids,
+        )
+        try:
+            self._engine.attach()
+            table = requests.names(host.release())
+            plan = self.plan.as_json()
+            plan += [{"fact": "a hook that exists", "hook": None, "unseen": unseen} for unseen in self._engine.unseen]
+            self._writer = Writer(
+                self.path,
+                {
+                    "schema": SCHEMA_VERSION,
+                    "host": host.hostname(),
+                    "boot_id": host.boot_id(),
+                    "kernel": host.release(),
+                    "kvm_module": kvm.module,
+                    "kvm_parameters": kvm.parameters,
+                    "engine": self.plan.engine,
+                    "engine_why": chosen.why,
+                    "detail": "full" if self.wish.full else "boundary",
+                    "requests": list(names.values()),
+                    "requests_by_bit": {str(bit): name for bit, name in names.items()},
+                    "requests_table": table.table,
+                    "requests_table_exact": table.exact,
+                    "pids": list(self.wish.pids),
+                    "started_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                    "ended_ns": None,
+                    "clock": clock,
+                    "plan": plan,
+                    "guests": {},
+                },
+            )
+        except BaseException:
+            self._engine.close()
+            raise
+        self._segments = _SegmentWriter(self._writer)
+        self._batches: list[Batch] = []
+        self._held = 0
+        self._last_segment = time.monotonic()
+        self._last_loss = Loss()
+        self._ended: set[int] = set()
+        self._census()
+
+    def _census(self) -> None:
+        for pid, descriptors in guests.running().items():
+            if self.wish.pids and pid not in self.wish.pids:
+                continue
+            self._engine.descriptors_of(pid, descriptors[0], descriptors[-1])
+            with self._engine.asking_for(pid):
+                if not guests.ask(pid, descriptors):
+                    self.notes.append(
+                        f"the vCPUs of process {pid} could not be looked up: each is seen from its next ioctl on"
+                    )
+
+    def poll(self, timeout_s: float = _POLL_S) -> None:
+        """Wait a moment, then take what the ring holds. Raises KvmreqError when the recording cannot go on."""
+        if not self._engine.pending:
+            time.sleep(timeout_s)
+        self._take()
+        if self._segments.error is not None:
+            raise self._segments.error
+
+    def _take(self) -> None:
+        batch = self._engine.drain()
+        if len(batch):
+            self._meet(batch)
+            self._batches.append(batch)
+            self._held += len(batch)
+            self.events += len(batch)
+        if self.follower is not None:
+            self.follower(batch, self._engine.loss() if len(batch) else self._last_loss, self.guests)
+        due = time.monotonic() - self._last_segment >= _SEGMENT_S
+        if due or self._held >= _SEGMENT_EVENTS:
+            self._cut()
+
+    def _meet(self, batch: Batch) -> None:
+        new = batch[batch["kind"] == Kind.VCPU_NEW]
+        if len(new):
+            numbers, first = np.unique(new["detail"], return_index=True)
+            for vm, pid in zip(numbers.tolist(), new["pid"][first].tolist(), strict=True):
+                if vm not in self.guests:
+                    self.guests[vm] = guests.guest(pid)
+                    self._guests_changed = True
+        gone = batch["pid"][batch["kind"] == Kind.VMM_EXIT]
+        if len(gone):
+            self._ended.update(gone.tolist())
+            if len(self._ended) >= 256:
+                self._engine.sweep(self._ended)
+                self._ended.clear()
+
+    _guests_changed = False
+
+    def _cut(self) -> None:
+        loss = self.loss()
+        self._last_segment = time.monotonic()
+        if self._guests_changed:
+            self._writer.update(guests={str(vm): guest.as_json() for vm, guest in self.guests.items()})
+            self._guests_changed = False
+        if not self._batches and loss == self._last_loss:
+            return
+        self._last_loss = loss
+        until = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._segments.put(self._batches or [self._engine.drain(0)], loss, until)
+        self._batches, self._held = [], 0
+
+    def loss(self) -> Loss:
+        """Return everything that was lost until now."""
+        loss = self._engine.loss()
+        return Loss(loss.ring_full, loss.map_full, loss.missed, self._segments.not_written, loss.vcpus)
+
+    @property
+    def size(self) -> int:
+        """Return the bytes that the segments have on disk."""
+        return self._writer.bytes
+
+    def stop(self) -> None:
+        """Detach, take what is left, write it and close the recording. Raises KvmreqError if that fails."""
+        try:
+            self._engine.detach()
+            while self._engine.pending:
+                before = self._engine.pending
+                self._take()
+                if self._engine.pending == before:
+                    break  # a record that its writer never finished
+            self._last_segment = 0.0
+            self._cut()
+            self._segments.finish()
+            if self._segments.error is not None:
+                raise self._segments.error
+            self._writer.update(
+                ended_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                counters=self._engine.counters(),
+                guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},
+            )
+        finally:
+            self._engine.close()
+
+
+def offers() -> Iterable[Choice]:
+    """Return every engine with the reason why it works here or not, the best first."""
+    return choices()

@@ -1,0 +1,234 @@
+"""Recordings: a directory of numbered Parquet segments and a meta.json.
+
+Every file is written under another name, synced and renamed, so that a crash of the tracer or of the host costs at
+most the open interval. Losses travel with each segment, as totals since the recording began. Only the owner can read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from probes.schema import EVENT, SCHEMA_VERSION, arrow_schema
+from tracer.errors import BadRecording
+from tracer.loss import Loss
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_META = "meta.json"
+_SEGMENT = re.compile(r"segment-(\d{6,})\.parquet")
+# Written whole, so that page checksums and the rename decide together whether a segment counts.
+_DELTA = {"time_ns": "DELTA_BINARY_PACKED", "since_ns": "DELTA_BINARY_PACKED", "seq": "DELTA_BINARY_PACKED"}
+_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL = b"kvmreq.schema", b"kvmreq.loss", b"kvmreq.until_ns"
+
+
+def to_arrow(events: npt.NDArray[np.void]) -> pa.Table:
+    """Return events as the Arrow table that a segment holds."""
+    import pyarrow as pa
+
+    schema = arrow_schema()
+    return pa.table([np.ascontiguousarray(events[name]) for name in schema.names], schema=schema)
+
+
+def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
+    """Return the events of a segment."""
+    events = np.empty(table.num_rows, EVENT)
+    for name in EVENT.names or ():
+        events[name] = table[name].to_numpy()
+    return events
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+class Writer:
+    """A recording that is being made.
+
+    Raises :class:`BadRecording` when the directory exists or cannot be written. ``meta`` is written at once and again
+    whenever it changes.
+    """
+
+    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+        self.path = path
+        self._meta = dict(meta)
+        self._number = 0
+        self.bytes = 0
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise BadRecording(
+                f"{path} exists already", hint="a recording is never written over: name another directory with -o"
+            ) from None
+        except OSError as error:
+            raise BadRecording(
+                f"{path} cannot be created: {_reason(error)}", hint="name a directory that can be written with -o"
+            ) from error
+        self.update()
+
+    def update(self, **changes: Any) -> None:
+        """Change the recording's meta.json."""
+        self._meta |= changes
+        text = json.dumps(self._meta, indent=1) + "\n"
+        self._write(_META, lambda path: Path(path).write_text(text))
+
+    def _write(self, name: str, fill: Any) -> None:
+        temporary = self.path / f".{name}.tmp"
+        try:
+            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+            os.close(descriptor)
+            fill(temporary)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.rename(self.path / name)
+            _sync_directory(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise BadRecording(
+                f"{self.path}/{name} cannot be written: {_reason(error)}",
+                hint="make room or name another directory with -o; what was written before is whole"
+                if full
+                else "what was written before is whole",
+            ) from error
+
+    def segment(self, events: npt.NDArray[np.void], loss: Loss, until_ns: int) -> None:
+        """Add a segment: all events until ``until_ns`` that no segment before it holds."""
+        import pyarrow.parquet as pq
+
+        table = to_arrow(events)
+        table = table.replace_schema_metadata(
+            {
+                _KEY_VERSION: str(SCHEMA_VERSION),
+                _KEY_LOSS: json.dumps(loss.as_json()),
+                _KEY_UNTIL: str(until_ns),
+            }
+        )
+        dictionary = [name for name in table.column_names if name not in _DELTA]
+
+        def fill(path: Path) -> None:
+            pq.write_table(
+                table,
+                path,
+                compression="zstd",
+                use_dictionary=dictionary,
+                column_encoding=_DELTA,
+                write_page_checksum=True,
+                write_statistics=False,
+            )
+            self.bytes += path.stat().st_size
+
+        self._write(f"segment-{self._number + 1:06d}.parquet", fill)
+        self._number += 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording: its events, and what had been lost when it ended."""
+
+    name: str
+    events: npt.NDArray[np.void]
+    loss: Loss
+    until_ns: int
+
+
+@dataclass
+class Recording:
+    """A recording that is being read. ``left_out`` names each segment that could not be, and why."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    left_out: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path) -> Recording:
+        """Open a recording.
+
+        Raises :class:`BadRecording` when there is none, or when it was made by a newer kvmreq.
+        """
+        hint = "name a directory that `kvmreq record` made"
+        try:
+            meta = json.loads((path / _META).read_text())
+        except FileNotFoundError:
+            what = f"{path} is no recording: it has no {_META}" if path.is_dir() else f"no recording at {path}"
+            raise BadRecording(what, hint=hint) from None
+        except NotADirectoryError:
+            raise BadRecording(f"{path} is a file, a recording is a directory", hint=hint) from None
+        except OSError as error:
+            raise BadRecording(f"{path}/{_META} cannot be read: {_reason(error)}", hint="run as its owner") from error
+        except ValueError as error:
+            raise BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy") from error
+        if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
+            raise BadRecording(f"{path}/{_META} is not kvmreq's: it names no schema", hint=hint)
+        if meta["schema"] > SCHEMA_VERSION:
+            raise BadRecording(
+                f"{path} has schema {meta['schema']}, this kvmreq reads up to {SCHEMA_VERSION}",
+                hint="read it with the kvmreq that made it, or a newer one",
+            )
+        return cls(path, meta)
+
+    @property
+    def clean(self) -> bool:
+        """Tell whether the recorder came to its end; if not, what happened after the last segment is unknown."""
+        return self.meta.get("ended_ns") is not None
+
+    def segments(self) -> Iterator[Segment | None]:
+        """Yield the segments in order, and None where one is missing or cannot be read."""
+        self.left_out.clear()
+        numbered = sorted(
+            (int(found[1]), path) for path in self.path.iterdir() if (found := _SEGMENT.fullmatch(path.name))
+        )
+        expected = 1
+        for number, path in numbered:
+            if number != expected:
+                self.left_out.append(f"segments {expected} to {number - 1} are missing")
+                yield None
+            expected = number + 1
+            try:
+                segment = self._segment(path)
+            except (OSError, ValueError, KeyError) as error:
+                # pyarrow's errors are ValueErrors and OSErrors; their first line says it.
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self.left_out.append(f"{path.name}: {reason}")
+                yield None
+            else:
+                yield segment
+
+    @staticmethod
+    def _segment(path: Path) -> Segment:
+        import pyarrow.parquet as pq
+
+        if not path.stat().st_size:
+            raise ValueError("the file is empty")
+        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False) as file:
+            metadata = file.schema_arrow.metadata or {}
+            if _KEY_VERSION not in metadata:
+                raise ValueError("not a segment of kvmreq")
+            if int(metadata[_KEY_VERSION]) > SCHEMA_VERSION:
+                raise ValueError(f"it has schema {int(metadata[_KEY_VERSION])}, this kvmreq reads {SCHEMA_VERSION}")
+            if not file.schema_arrow.remove_metadata().equals(arrow_schema().remove_metadata()):
+                raise ValueError("its columns are not those of an event")
+            table = file.read()
+        loss = Loss.from_json(json.loads(metadata[_KEY_LOSS]))
+        return Segment(path.name, from_arrow(table), loss, int(metadata[_KEY_UNTIL]))
