@@ -263,11 +263,11 @@ def _print_report(style: str, judgements: Sequence[Any]) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Check everything that tracing needs, report all of it, and prove it on a scratch VM."""
+    from reports import doctor as words
     from tracer.doctor import examine
-    from tracer.doctor import text as doctor_text
 
     findings = examine()
-    print(json.dumps(findings, indent=1) if arguments.json else doctor_text(findings))
+    print(json.dumps(findings, indent=1) if arguments.json else words.text(findings))
     return 0 if findings["works"] else EXIT_ERROR
 
 

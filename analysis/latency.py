@@ -1,4 +1,4 @@
-"""Latency from raise to end, as an honest interval: the word is read at hooks, so both moments are known within bounds."""
+"""Latency from raise to end, as an honest interval: the word is read at hooks, so both moments have bounds."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ KPROBE = (
 )
 KPROBE_BLIND = (
     Blind(
-        "raises inside functions that the compiler has inlined (mmu_check_root, svm_handle_mce, enter_smm_save_state_64)",
+        "raises inside inlined functions (mmu_check_root, svm_handle_mce, enter_smm_save_state_64)",
         "raised_by is kvm_run",
     ),
 )

@@ -60,7 +60,7 @@ def names(release: str) -> Names:
 
 
 def selected(wanted: Iterable[str], known: Names) -> dict[int, str]:
-    """Return bit -> name of the requests that a user asked for: ``all``, or names in any case, with or without KVM_REQ_.
+    """Return bit -> name of the requests asked for: ``all``, or names in any case, with or without KVM_REQ_.
 
     Raises :class:`UnknownRequest`, with the names that exist.
     """

@@ -82,7 +82,7 @@ def wrap(text: str, *, first: str = "", rest: str | None = None, width: int = WI
             lines, line, empty = [*lines, line], rest, True
         while cells(line) + cells(word) + (not empty) > width:  # a word longer than a line
             head = _head(word, width - cells(line))
-            lines, line, word = [*lines, line + head], rest, word[len(head) :]
+            lines, line, word = [*lines, line + head], rest, word[len(head) :]  # noqa: PLW2901 - what is left of it
         line, empty = (line + word if empty else f"{line} {word}"), False
     return [*lines, line]
 

@@ -119,9 +119,9 @@ def vcpu_descriptors(pid: int) -> list[int]:
 def running() -> dict[int, list[int]]:
     """Return every process that has vCPUs, and the descriptors that lead to them."""
     found = {}
-    for entry in os.listdir(PROC):
-        if entry.isdigit() and (descriptors := vcpu_descriptors(int(entry))):
-            found[int(entry)] = descriptors
+    for process in PROC.iterdir():
+        if process.name.isdigit() and (descriptors := vcpu_descriptors(int(process.name))):
+            found[int(process.name)] = descriptors
     return found
 
 

@@ -160,7 +160,7 @@ def is_root_of_pids() -> bool:
     """Tell whether this process sees the host's own process numbers, which BPF reports."""
     try:
         # PROC_PID_INIT_INO (include/linux/proc_ns.h): the inode of the first pid namespace.
-        return os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC
+        return Path("/proc/self/ns/pid").stat().st_ino == 0xEFFFFFFC
     except OSError:
         return False
 

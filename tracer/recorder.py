@@ -238,6 +238,7 @@ class Recorder:
                 self._ended.clear()
 
     _guests_changed = False
+    _final_loss: Loss | None = None
 
     def _cut(self) -> None:
         loss = self.loss()
@@ -253,8 +254,8 @@ class Recorder:
         self._batches, self._held = [], 0
 
     def loss(self) -> Loss:
-        """Return everything that was lost until now."""
-        loss = self._engine.loss()
+        """Return everything that was lost until now, or until :meth:`stop`."""
+        loss = self._engine.loss() if self._final_loss is None else self._final_loss
         return Loss(loss.ring_full, loss.map_full, loss.missed, self._segments.not_written, loss.vcpus)
 
     @property
@@ -282,6 +283,7 @@ class Recorder:
                 guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},
             )
         finally:
+            self._final_loss = self._engine.loss()
             self._engine.close()
 
 

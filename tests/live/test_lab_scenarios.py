@@ -35,9 +35,9 @@ def require(name: str) -> None:
 def open_files() -> Counter[str]:
     """Count this process's open files and KVM mappings by name."""
     names: list[str] = []
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         try:
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
+            names.append(str(fd.readlink()))
         except FileNotFoundError:
             continue  # the listing itself
     maps = Path("/proc/self/maps").read_text()

@@ -1,0 +1,32 @@
+# Two commands for a fresh Debian 12, as root: make demo, make test. Each sets the checkout up first (see bootstrap).
+# Tools are run as `python -m`: their scripts in .venv/bin name the folder that they were installed in, and so cannot move.
+
+PYTHON := .venv/bin/python
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /make \1: /p' $(MAKEFILE_LIST)
+
+demo: ## set up, then trace every lab scenario that this host can run; DEMO_ARGS='-o DIR'
+	@./bootstrap demo 'make demo'
+	@.venv/bin/kvmreq demo $(DEMO_ARGS)
+
+test: ## set up, then check and test the source; TEST_ARGS='-k NAME' goes to pytest
+	@./bootstrap test 'make test'
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy --no-error-summary
+	$(PYTHON) -m pytest $(TEST_ARGS)
+
+bench: ## set up, then measure: a table in which each figure is a ratio from one run
+	@./bootstrap test 'make bench'
+	@$(PYTHON) -m bench $(BENCH_ARGS)
+
+clean: ## remove .venv and what the tools cached, so that the next run sets up again
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name .git -prune -o -name .cache -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,254 @@
+"""bootstrap, on machines made up of a folder and a few commands: what it says, what it installs, and that it stops there.
+
+Nothing of this machine is changed: apt-get and dpkg-query are replaced by scripts that only write down what was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nVERSION_ID="12"\nID=debian\n'
+FEDORA = 'PRETTY_NAME="Fedora Linux 43"\nVERSION_ID=43\nID=fedora\n'
+LOAD_KVM = "load kvm_intel or kvm_amd (a virtual machine needs nested virtualisation)"
+NOBODY = "65534"
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="bootstrap wants root: sudo make test")
+
+
+@dataclass
+class Machine:
+    """A checkout of its own, a root folder for bootstrap to look at, and the commands that stand before the real ones."""
+
+    checkout: Path
+    root: Path
+    commands: Path
+
+    def command(self, name: str, body: str) -> None:
+        """Put a command before the machine's own."""
+        path = self.commands / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    def bootstrap(self, level: str, *, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Run bootstrap as make does."""
+        return subprocess.run(
+            [*before, self.checkout / "bootstrap", level, f"make {level}"],
+            env={
+                **os.environ,
+                "PATH": f"{self.commands}:{os.environ.get('PATH', os.defpath)}",
+                "KVMREQ_SYSROOT": str(self.root),
+                "PIP_NO_INDEX": "1",
+            },
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    def lines(self, level: str) -> list[str]:
+        """Run bootstrap where it works, and return the steps that it took."""
+        done = self.bootstrap(level)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        return done.stderr.splitlines()
+
+    def refusal(self, level: str, *, before: tuple[str, ...] = ()) -> str:
+        """Run bootstrap where it cannot work, and return the one line that it says."""
+        done = self.bootstrap(level, before=before)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert not (self.checkout / ".venv").exists()
+        return line
+
+    def apt(self) -> list[str]:
+        """Return what was asked of apt-get."""
+        log = self.root / "apt"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A Debian 12 that has every package, and a checkout that was never set up and requires nothing."""
+    new = Machine(tmp_path / "checkout", tmp_path / "root", tmp_path / "commands")
+    for folder in (new.checkout, new.commands, *(new.root / name for name in ("etc", "dev", "usr/bin"))):
+        folder.mkdir(parents=True)
+    shutil.copy2(CHECKOUT / "bootstrap", new.checkout)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (new.checkout / name).write_text("# nothing\n")
+    (new.checkout / "kvmreq.py").write_text(
+        "import sys\ndef main():\n    print(*sys.argv[1:], __file__)\n    return 3\n",
+    )
+    (new.root / "etc/os-release").write_text(DEBIAN)
+    (new.root / "dev/kvm").touch()
+    (new.root / "usr/bin/python3").symlink_to("/usr/bin/python3")
+    new.command("uname", "echo x86_64")
+    new.command("dpkg-query", "printf installed")
+    new.command("apt-get", f'printf "%s\\n" "$*" >>{new.root}/apt')
+    return new
+
+
+def as_nobody(machine: Machine) -> tuple[str, ...]:
+    """Let anyone reach the checkout, and return the command that gives root up."""
+    for folder in (machine.checkout, *machine.checkout.parents):
+        if folder.owner() == "root" and folder.is_relative_to(machine.root.parent.parent.parent):
+            folder.chmod(0o755)
+    return ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+
+
+@needs_root
+def test_without_root_one_line_says_so(machine: Machine) -> None:
+    """A /dev/kvm that refuses is not reported: root opens it."""
+    (machine.root / "dev/kvm").chmod(0o600)
+    assert machine.refusal("demo", before=as_nobody(machine)) == (
+        "make demo cannot work here: not root: use sudo make demo"
+    )
+
+
+@needs_root
+@pytest.mark.parametrize("level", ["demo", "test"])
+def test_without_kvm_one_line_says_so(machine: Machine, level: str) -> None:
+    """The tests need /dev/kvm as the demo does."""
+    (machine.root / "dev/kvm").unlink()
+    assert machine.refusal(level) == f"make {level} cannot work here: no /dev/kvm: {LOAD_KVM}"
+
+
+@needs_root
+def test_a_dev_kvm_without_kvm_behind_it_is_told_from_none(machine: Machine) -> None:
+    """udev makes the node before the module is there; to open it is the proof."""
+    (machine.root / "dev/kvm").unlink()
+    (machine.root / "dev/kvm").mkdir()
+    assert machine.refusal("demo") == f"make demo cannot work here: /dev/kvm cannot be opened: {LOAD_KVM}"
+
+
+@needs_root
+def test_another_machine_is_named(machine: Machine) -> None:
+    """KVM's requests are those of x86."""
+    machine.command("uname", "echo aarch64")
+    assert machine.refusal("demo") == "make demo cannot work here: this machine is aarch64, not x86-64"
+
+
+@needs_root
+def test_another_distribution_is_told_the_packages_by_name(machine: Machine) -> None:
+    """Only what is missing is named, and apt-get is never called."""
+    (machine.root / "etc/os-release").write_text(FEDORA)
+    (machine.root / "usr/bin/python3").unlink()
+    assert machine.refusal("demo") == (
+        "make demo cannot work here: this is Fedora Linux 43, not Debian 12: "
+        "install what Debian calls python3-bpfcc python3-venv yourself"
+    )
+    assert machine.apt() == []
+
+
+@needs_root
+def test_all_that_is_missing_is_in_one_line(machine: Machine) -> None:
+    """Nobody should have to mend one thing to be told the next."""
+    machine.command("uname", "echo riscv64")
+    (machine.root / "etc/os-release").unlink()
+    (machine.root / "dev/kvm").unlink()
+    (machine.root / "usr/bin/python3").unlink()
+    assert machine.refusal("demo", before=as_nobody(machine)) == (
+        "make demo cannot work here: this machine is riscv64, not x86-64; "
+        "this is unknown, not Debian 12: install what Debian calls python3-bpfcc python3-venv yourself; "
+        f"not root: use sudo make demo; no /dev/kvm: {LOAD_KVM}"
+    )
+
+
+def test_an_unknown_level_is_a_usage_error(machine: Machine) -> None:
+    """Status 2, as for the command."""
+    done = machine.bootstrap("everything")
+    assert done.returncode == 2
+    assert done.stderr == f"usage: {machine.checkout}/bootstrap demo|test [WHAT]\n"
+
+
+@needs_root
+def test_only_missing_packages_are_installed(machine: Machine) -> None:
+    """apt-get runs when something is missing, and asks for that alone."""
+    machine.command(
+        "dpkg-query", "[[ ${!#} == gcc || ${!#} == python3-bpfcc ]] && printf not-installed || printf installed"
+    )
+    machine.command(
+        "apt-get", f'printf "%s\\n" "$*" >>{machine.root}/apt; [[ $* != *install* ]] || {{ echo why; exit 100; }}'
+    )
+    done = machine.bootstrap("test")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "apt-get update",
+        "apt-get install python3-bpfcc gcc",
+        "why",
+        "apt-get could not install python3-bpfcc gcc (above): install by name, then run make test again",
+    ]
+    options = "-q -o DPkg::Lock::Timeout=120"
+    assert machine.apt() == [
+        f"{options} update",
+        f"{options.replace('-q', '-q -y')} --no-install-recommends install python3-bpfcc gcc",
+    ]
+
+
+@needs_root
+def test_set_up_is_done_once_and_outlives_a_move(machine: Machine, tmp_path: Path) -> None:
+    """A second run says nothing; what changed is done again, and nothing else."""
+    assert machine.lines("demo") == [
+        f"making .venv with {machine.root}/usr/bin/python3",
+        "pip install -r requirements.txt",
+        "writing .venv/bin/kvmreq",
+    ]
+    assert machine.apt() == []
+
+    machine.checkout = machine.checkout.rename(tmp_path / "moved to a place with spaces")
+    started_ns = time.monotonic_ns()
+    assert machine.lines("demo") == []
+    assert time.monotonic_ns() - started_ns < 1_000_000_000
+    assert machine.lines("test") == ["pip install -r requirements-dev.txt"]
+    assert machine.lines("demo") == []
+    assert machine.lines("test") == []
+
+    os.utime(machine.checkout / "requirements.txt")
+    assert machine.lines("demo") == []
+    (machine.checkout / "requirements.txt").write_text("# something else\n")
+    assert machine.lines("demo") == ["pip install -r requirements.txt"]
+
+    (machine.checkout / ".venv/bin/kvmreq").write_text("#!/bin/sh\n")
+    assert machine.lines("demo") == ["writing .venv/bin/kvmreq"]
+
+
+@needs_root
+def test_a_failed_install_is_tried_again(machine: Machine) -> None:
+    """Only what pip has finished counts as done."""
+    (machine.checkout / "requirements.txt").write_text("kvmreq-needs-no-such-thing==1\n")
+    for _ in range(2):
+        done = machine.bootstrap("demo")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            "pip could not install requirements.txt (above): is there a network, or a package index in pip's configuration?"
+        )
+
+
+@needs_root
+def test_the_command_runs_its_own_checkout_from_anywhere(machine: Machine, tmp_path: Path) -> None:
+    """Through a symbolic link, with another kvmreq.py in the current folder, with its status and arguments as they are."""
+    machine.lines("demo")
+    link = tmp_path / "kvmreq"
+    link.symlink_to(machine.checkout / ".venv/bin/kvmreq")
+    (tmp_path / "kvmreq.py").write_text("raise SystemExit('the wrong one')\n")
+    done = subprocess.run([link, "a b", "", "$c"], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"a b  $c {machine.checkout}/kvmreq.py\n", "")
+
+
+def test_each_requirement_is_pinned_once() -> None:
+    """A name without a version would make two machines differ."""
+    lines = [
+        line
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in (CHECKOUT / name).read_text().splitlines()
+        if line and not line.startswith(("#", "-r "))
+    ]
+    names = [line.partition("==")[0] for line in lines]
+    assert all("==" in line and line == line.lower() for line in lines)
+    assert len(set(names)) == len(names)

@@ -1,0 +1,191 @@
+"""The doctor: checks everything that tracing needs, reports all of it, and proves itself on a scratch VM."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+import lab.runner
+from lab.kvm import LabError
+from probes import requests
+from probes.btf import Btf, MissingField
+from probes.program import Settings, offsets
+from probes.requests import TRIPLE_FAULT
+from probes.schema import KVM_EXIT_SHUTDOWN, Flag, Kind
+from tracer import guests, host
+from tracer.bpf import Choice, Engine, choices
+from tracer.errors import KvmreqError
+
+_AWAIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One requirement: ``ok`` is None where it is a fact and not a requirement."""
+
+    check: str
+    ok: bool | None
+    detail: str
+
+
+def _checks() -> Iterator[Check]:
+    reason = host.not_allowed()
+    yield Check("privileges", reason is None, reason or "all that is needed")
+    own = host.is_root_of_pids()
+    yield Check(
+        "process numbers",
+        own,
+        "the host's own" if own else "this is a container with its own process numbers: guests cannot be told by pid",
+    )
+    reason = host.no_dev_kvm()
+    yield Check("/dev/kvm", reason is None, reason or "can be opened")
+    kvm = host.kvm()
+    yield Check(
+        "KVM", bool(kvm.flavours), kvm.module if kvm.flavours else "not loaded: modprobe kvm_intel or modprobe kvm_amd"
+    )
+    for name in ("kvm_intel.nested", "kvm_amd.nested"):
+        if name in kvm.parameters:
+            yield Check(name, None, kvm.parameters[name])
+    yield _btf()
+    mode = host.lockdown()
+    yield Check(
+        "lockdown",
+        mode != "confidentiality",
+        f"{mode}: BPF may not read the kernel" if mode else "the kernel is not locked down",
+    )
+    yield _bcc()
+    names = requests.names(host.release())
+    exact = "" if names.exact else f": this release is unknown, the names are those of {names.table}"
+    yield Check("request names", None, f"{len(names.by_bit)} of Linux {names.table}{exact}")
+
+
+def _btf() -> Check:
+    reason = host.no_btf()
+    if reason is not None:
+        return Check("BTF", False, reason)
+    try:
+        with Btf("kvm") as btf:
+            found = offsets(btf)
+            where = "of vmlinux and the kvm module" if btf.has_module else "of vmlinux"
+    except MissingField as error:
+        return Check("BTF", False, str(error))
+    return Check("BTF", True, f"{where}: all {len(found)} fields found")
+
+
+def _bcc() -> Check:
+    try:
+        import bcc
+    except ImportError:
+        return Check("BCC", False, "Python cannot import bcc: install the package python3-bpfcc")
+    try:
+        version = metadata.version("bcc")
+    except metadata.PackageNotFoundError:
+        version = str(getattr(bcc, "__version__", "of unknown version"))
+    return Check("BCC", True, version)
+
+
+def _await(engine: Engine, enough: Any) -> Any:
+    """Return the events until ``enough`` says so of them, or time is up."""
+    batches = [engine.drain()]
+    end = time.monotonic() + _AWAIT_S
+    while not enough(np.concatenate(batches)) and time.monotonic() < end:
+        time.sleep(0.01)
+        batches.append(engine.drain())
+    return np.concatenate(batches)
+
+
+def _self_test(choice: Choice) -> Check:
+    """Raise a triple fault on a scratch VM; the hooks must see its bit rise and fall."""
+    name = f"self-test, {choice.engine}"
+    if choice.plan is None or choice.why_not is not None:
+        return Check(name, False, f"not run: {choice.why_not}")
+    mask = 1 << TRIPLE_FAULT
+    try:
+        with Engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
+            engine.attach()
+            lab.runner.run("delivered")
+            me = _own_events()
+            seen = _await(engine, lambda events: me(events, mask)[2])
+            rose, fell, ended = me(seen, mask)
+    except (KvmreqError, LabError) as error:
+        return Check(name, False, str(error))
+    if rose and fell and ended:
+        return Check(
+            name, True, f"bit {TRIPLE_FAULT} seen to rise, to fall with KVM_EXIT_SHUTDOWN, and its vCPU to end"
+        )
+    missing = [what for what, there in (("rise", rose), ("fall", fell), ("vCPU's end", ended)) if not there]
+    return Check(name, False, f"the hooks did not see: {', '.join(missing)} of bit {TRIPLE_FAULT} on a scratch VM")
+
+
+def _own_events() -> Any:
+    pid = os.getpid()
+
+    def seen(events: Any, mask: int) -> tuple[bool, bool, bool]:
+        mine = events[events["pid"] == pid]
+        before, now = (mine["before"] & mask) != 0, (mine["requests"] & mask) != 0
+        shutdown = (mine["kind"] == Kind.RUN_EXIT) & (mine["arg"] == KVM_EXIT_SHUTDOWN)
+        return (
+            bool((~before & now).any()),
+            bool((before & ~now & shutdown).any()),
+            bool((mine["kind"] == Kind.VCPU_END).any()),
+        )
+
+    return seen
+
+
+def _guests(choice: Choice) -> list[dict[str, Any]]:
+    """Return the guests that run, and whether a save would lose a pending triple fault of theirs."""
+    running = guests.running()
+    found = {}
+    if running and choice.plan is not None and choice.why_not is None:
+        try:
+            mask = 1 << TRIPLE_FAULT
+            with Engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
+                engine.attach()
+                for pid, descriptors in running.items():
+                    with engine.asking_for(pid):
+                        guests.ask(pid, descriptors)
+                events = engine.drain()
+        except KvmreqError:
+            events = np.empty(0, [("kind", "u1")])
+        for event in events[events["kind"] == Kind.VCPU_NEW]:
+            found[int(event["pid"])] = (
+                bool(event["flags"] & Flag.CAP),
+                bool(event["requests"] & mask) or found.get(int(event["pid"]), (False, False))[1],
+            )
+    listed = []
+    for pid, descriptors in running.items():
+        cap, pending = found.get(pid, (None, None))
+        listed.append(
+            {**asdict(guests.guest(pid)), "vcpus": len(descriptors), "triple_fault_cap": cap, "pending": pending}
+        )
+    return listed
+
+
+def examine() -> dict[str, Any]:
+    """Return everything that the doctor finds, as JSON holds it; ``works`` tells whether this host can be traced."""
+    checks = list(_checks())
+    engines = choices()
+    tests = [_self_test(choice) for choice in engines if choice.why_not is None]
+    best = next((choice for choice in engines if choice.why_not is None), None)
+    return {
+        "schema": "kvmreq.doctor/1",
+        "host": host.hostname(),
+        "kernel": host.release(),
+        "checks": [asdict(check) for check in (*checks, *tests)],
+        "engines": [
+            {"engine": choice.engine, "works": choice.why_not is None, "why_not": choice.why_not} for choice in engines
+        ],
+        "auto": best.engine if best else None,
+        "plan": best.plan.as_json() if best and best.plan else [],
+        "guests": _guests(best) if best else [],
+        "works": best is not None
+        and bool(tests)
+        and all(check.ok for check in tests if check.check.endswith(best.engine)),
+    }
