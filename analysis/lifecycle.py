@@ -414,8 +414,11 @@ class Lifecycles:
         one["raised_after_ns"][at] = np.where(seen, np.where(fresh, 0, since_ns[begun]), last_ns[begun])
         one["raised_ns"][at] = np.where(seen, time_ns[begun], since_ns[begun])
         one["unseen"][at] = ~seen
-        late = begun[fresh & seen & (gap[begun] | cut[begun])]
-        one["unseen"][now_in[late]] = True  # its VCPU_NEW came late: what happened before it is not known
+        # A VCPU_NEW that came late (the ring was full): what happened before it is not known.
+        late = begun[sight[begun] & (gap[begun] | cut[begun])]
+        one["unseen"][now_in[late]] = True
+        one["by"][now_in[late]] = "unknown"
+        one["raised_after_ns"][now_in[late]] = 0
 
         def add(column: str, where: Array, weights: Array | None = None) -> None:
             one[column] += np.bincount(now_in[where], weights, instances).astype(one[column].dtype)

@@ -124,13 +124,14 @@ class Engine:
                 f"the {plan.engine} engine cannot read vCPUs: {error}", hint="kvmreq doctor tells what works here"
             ) from error
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf"))
+        host.forget_addresses()
         text = program.source(plan, settings, found, symbols)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
         with _stderr_kept() as printed:
             try:
                 from bcc import BPF
 
-                self._bpf: Any = BPF(text=text, cflags=["-Wno-unused-function"])
+                self._bpf: Any = BPF(text=text, cflags=["-Wno-unused-function", "-g0"])
             except Exception as error:
                 # BCC raises Exception itself, for everything.
                 raise CannotTrace(

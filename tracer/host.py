@@ -111,13 +111,24 @@ def lockdown() -> str | None:
     return found[1] if found and found[1] != "none" else None
 
 
+@cache
+def _kallsyms() -> bytes:
+    # Megabytes that the kernel formats line by line, some 40 ms each time.
+    return (PROC / "kallsyms").read_bytes()
+
+
+def forget_addresses() -> None:
+    """Read the kernel's symbols anew next time: modules come and go."""
+    _kallsyms.cache_clear()
+
+
 def addresses(names: Iterable[str]) -> dict[str, int]:
     """Return the addresses of those kernel functions that exist. They never leave the tracer.
 
     A compiler's suffix (``enter_smm.constprop.0``) makes another name: such a function has other arguments.
     """
     wanted = set(names)
-    text = (PROC / "kallsyms").read_bytes()
+    text = _kallsyms()
     pattern = rb"^([0-9a-f]+) [tT] (" + b"|".join(re.escape(name.encode()) for name in wanted) + rb")(?=[\t\n])"
     return {match[2].decode(): int(match[1], 16) for match in re.finditer(pattern, text, re.MULTILINE)}
 

@@ -43,10 +43,7 @@ int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return 0;
-	if (in->told)			/* after_vcpu_events() has told the save or the restore */
-		boundary(state, vcpu, KIND_IOCTL_EXIT, in->cmd | (u64)(u32)PT_REGS_RC(ctx) << 32, 0, WATCHED);
-	else
-		end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, PT_REGS_RC(ctx));
+	end_of_ioctl(state, vcpu, in, PT_REGS_RC(ctx));
 	leave(state, vcpu);
 	return 0;
 }

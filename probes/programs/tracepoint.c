@@ -216,42 +216,15 @@ static inline void vcpu_created(u32 fd)
 	widen(pid, fd);
 }
 
-/* An ioctl whose beginning was seen returns, or KVM_RUN that failed before it ran. */
-static inline void ioctl_ends(struct in_ioctl *in, int error)
+/* An ioctl of a vCPU returns. `seen`: so was its beginning, and on_userspace_exit() has told the end of KVM_RUN. */
+static inline void ioctl_ends(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in, int seen, int error)
 {
-	struct vcpu_state *state;
-	u64 vcpu = in->vcpu;
-
-	in->vcpu = 0;
-	if (in->cmd == KVM_ENABLE_CAP) {
-		if (!error)
-			cap_set(vcpu);
-		return;
-	}
-	state = vcpus.lookup(&vcpu);
-	if (!state)
-		return;
 	if (in->cmd != KVM_RUN)
-		end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, error);
-	leave(state, vcpu);
-}
-
-/* An ioctl that began before the tracer was there. */
-static inline void unseen_ioctl_ends(struct arguments *arguments, int error)
-{
-	u64 vcpu = vcpu_behind_fd(arguments->di);
-	struct vcpu_state *state;
-	int failed;
-
-	if (!vcpu)
-		return;
-	state = state_behind_fd(vcpu, arguments->di);
-	if (!state)
-		return;
-	if ((u32)arguments->si == KVM_RUN)
+		end_of_ioctl(state, vcpu, in, error);
+	else if (!seen)
 		end_of_run(state, vcpu, read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), error);
-	else
-		end_of_ioctl(state, vcpu, arguments->si, arguments->dx, payload(arguments->dx, 1, &failed), error);
+	if (seen)
+		leave(state, vcpu);
 }
 
 /* Raw tracepoint sys_enter (struct pt_regs *regs, long id). */
@@ -291,40 +264,61 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+static inline void kvm_ioctl_returns(struct arguments *arguments, int result)
+{
+	struct in_ioctl *known, in = { .cmd = arguments->si, .argument = arguments->dx };
+	u32 tid = bpf_get_current_pid_tgid();
+	struct vcpu_state *state;
+	int seen = 0, failed;
+	u64 kvm;
+
+	known = threads.lookup(&tid);
+	if (known && known->vcpu) {
+		in = *known;
+		known->vcpu = 0;
+		seen = 1;
+		if (in.cmd == KVM_ENABLE_CAP) {
+			if (!result)
+				cap_set(in.vcpu);
+			return;
+		}
+		state = vcpus.lookup(&in.vcpu);
+	} else if (in.cmd == KVM_RUN && known) {
+		return;				/* on_userspace_exit() has seen it */
+	} else if (in.cmd == KVM_CREATE_VCPU) {
+		if (result >= 0)
+			vcpu_created(result);
+		return;
+	} else if (in.cmd == KVM_CREATE_VM) {
+		kvm = result >= 0 ? behind_fd(result, OF_VM) : 0;
+		if (kvm)
+			vms.delete(&kvm);	/* a new VM where another one was */
+		return;
+	} else {
+		/* It began before the tracer was there. */
+		in.vcpu = vcpu_behind_fd(arguments->di);
+		if (!in.vcpu)
+			return;
+		state = state_behind_fd(in.vcpu, arguments->di);
+		in.payload = payload(in.argument, 1, &failed);
+	}
+	if (state)
+		ioctl_ends(state, in.vcpu, &in, seen, result);
+}
+
 /* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */
 int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
-	u32 tid = bpf_get_current_pid_tgid(), pid = bpf_get_current_pid_tgid() >> 32;
-	struct in_ioctl *in;
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
 	int result = ctx->args[1];
 
 	if (bpf_probe_read_kernel(&arguments, sizeof(arguments), (void *)(ctx->args[0] + OFFSET_DX)))
 		return 0;
 	switch (arguments.orig_ax) {
 	case __NR_ioctl:
-		if (((arguments.si >> 8) & 0xff) != KVMIO)
-			return 0;
-		in = threads.lookup(&tid);
-		if (in) {
-			if (in->vcpu) {
-				ioctl_ends(in, result);
-				return 0;
-			}
-			if ((u32)arguments.si == KVM_RUN)
-				return 0;		/* on_userspace_exit has seen it */
-		}
-		if ((u32)arguments.si == KVM_CREATE_VCPU) {
-			if (result >= 0)
-				vcpu_created(result);
-		} else if ((u32)arguments.si == KVM_CREATE_VM) {
-			u64 kvm = result >= 0 ? behind_fd(result, OF_VM) : 0;
-
-			if (kvm)
-				vms.delete(&kvm);	/* a new VM where another one was */
-		} else {
-			unseen_ioctl_ends(&arguments, result);
-		}
+		if (((arguments.si >> 8) & 0xff) == KVMIO)
+			kvm_ioctl_returns(&arguments, result);
 		return 0;
 	case __NR_fcntl:
 		if ((u32)arguments.si != F_DUPFD && (u32)arguments.si != F_DUPFD_CLOEXEC)

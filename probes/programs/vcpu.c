@@ -227,9 +227,16 @@ static inline void send(struct vcpu_state *state, struct reading *reading, u32 k
 	/* As the word was before this reading: what changed since then is the event's own news. */
 	struct reading first = { .now = reading->since, .since = 0, .word = reading->before, .before = 0 };
 
-	if (!state->announced)
-		state->announced = put(state, &first, KIND_VCPU_NEW, state->vcpu_id, state->vm, flags & ~FLAG_SYNC);
-	put(state, reading, kind, arg, detail, flags);
+	/* A loop, so that there is one copy of put(): compiling many of them is most of what attaching costs. */
+#pragma clang loop unroll(disable)
+	for (int news = !state->announced; news >= 0; news--) {
+		int room = put(state, news ? &first : reading, news ? KIND_VCPU_NEW : kind,
+			       news ? state->vcpu_id : arg, news ? state->vm : detail,
+			       news ? flags & ~FLAG_SYNC : flags);
+
+		if (news)
+			state->announced = room;
+	}
 }
 
 static inline void take_reading(struct vcpu_state *state, u64 vcpu, struct reading *reading)
@@ -367,6 +374,8 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct in_ioctl *known, new = { .vcpu = vcpu, .argument = argument, .cmd = cmd };
+	u32 kind = cmd == KVM_RUN ? KIND_RUN_ENTER : KIND_IOCTL_ENTER;
+	u64 send_if = 0;
 	int failed;
 
 	if (cmd == KVM_SET_VCPU_EVENTS)
@@ -390,9 +399,11 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 		return;
 	}
 	__sync_fetch_and_add(&state->inside, 1);
-	boundary(state, vcpu, cmd == KVM_RUN ? KIND_RUN_ENTER : KIND_IOCTL_ENTER, cmd, 0, 0);
-	if ((state->word & WATCHED) && resets(vcpu, cmd, argument))
-		boundary(state, vcpu, KIND_RESET, cmd, 0, ALWAYS);
+	if ((state->word & WATCHED) && resets(vcpu, cmd, argument)) {
+		kind = KIND_RESET;
+		send_if = ALWAYS;
+	}
+	boundary(state, vcpu, kind, cmd, 0, send_if);
 }
 
 static inline void leave(struct vcpu_state *state, u64 vcpu)
@@ -442,22 +453,26 @@ static inline void after(u32 site, u64 send_if)
 }
 
 /* An ioctl other than KVM_RUN returns. */
-static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument, u32 restored, int error)
+static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in, int error)
 {
-	u64 arg = cmd | (u64)(u32)error << 32;
+	u32 kind = KIND_IOCTL_EXIT, detail = 0;
+	u64 send_if = WATCHED;
 	int failed;
 
-	if (cmd == KVM_GET_VCPU_EVENTS) {
-		u32 saved = payload(argument, 1, &failed);
-
+	if (in->told) {
+		/* The engine has seen inside it what was saved or restored. */
+	} else if (in->cmd == KVM_GET_VCPU_EVENTS) {
+		kind = KIND_SAVE;
+		send_if = ALWAYS;
+		detail = payload(in->argument, 1, &failed);
 		if (failed)
-			saved = payload_by_rule(state, vcpu);
-		boundary(state, vcpu, KIND_SAVE, arg, saved, ALWAYS);
-	} else if (cmd == KVM_SET_VCPU_EVENTS) {
-		boundary(state, vcpu, KIND_RESTORE, arg, restored, ALWAYS);
-	} else {
-		boundary(state, vcpu, KIND_IOCTL_EXIT, arg, 0, WATCHED);
+			detail = payload_by_rule(state, vcpu);
+	} else if (in->cmd == KVM_SET_VCPU_EVENTS) {
+		kind = KIND_RESTORE;
+		send_if = ALWAYS;
+		detail = in->payload;
 	}
+	boundary(state, vcpu, kind, in->cmd | (u64)(u32)error << 32, detail, send_if);
 }
 
 /* KVM_CAP_X86_TRIPLE_FAULT_EVENT was set on a VM. */

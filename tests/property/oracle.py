@@ -1,0 +1,292 @@
+"""What analysis.lifecycle must say, event by event: slow, obvious, and written apart from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from probes.schema import FIELDS, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from tracer.loss import Loss
+
+Row: TypeAlias = dict[str, Any]
+
+_IOCTLS = {
+    0x4040AE9E: "set_mce",
+    0x4040AEA0: "set_vcpu_events",
+    0x4090AE82: "set_regs",
+    0x4138AE84: "set_sregs",
+    0x4140AECD: "set_sregs2",
+    0x4008AE89: "set_msrs",
+    0x4080AEBF: "set_nested_state",
+    0x4004AE99: "set_mp_state",
+    0xAE9A: "nmi",
+    0xAEB7: "smi",
+}
+_SITES = {
+    Site.EXCEPTION: "exception",
+    Site.RSM: "rsm",
+    Site.REALMODE_INTERRUPT: "realmode_interrupt",
+    Site.EMULATION: "emulation",
+    Site.NESTED_VMEXIT: "nested_vmexit",
+    Site.NESTED_ABORT: "nested_abort",
+    Site.SET_EFER: "set_efer",
+    Site.MACHINE_CHECK: "machine_check",
+    Site.SYNC_EVENTS: "set_vcpu_events",
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event, by the names of probes.schema.FIELDS."""
+
+    time_ns: int
+    since_ns: int = 0
+    requests: int = 0
+    before: int = 0
+    arg: int = 0
+    vcpu: int = 0
+    seq: int = 0
+    pid: int = 0
+    tid: int = 0
+    detail: int = 0
+    cpu: int = 0
+    kind: int = 0
+    flags: int = 0
+
+    def record(self) -> tuple[int, ...]:
+        """Return the values in the order of the schema."""
+        return tuple(getattr(self, item.name) for item in FIELDS)
+
+    @property
+    def low(self) -> int:
+        """Return the ioctl, the exit reason or the site."""
+        return self.arg & 0xFFFF_FFFF
+
+    @property
+    def succeeded(self) -> bool:
+        """Return whether the ioctl returned 0."""
+        return self.arg >> 32 == 0
+
+
+@dataclass
+class Pending:
+    """A request that is pending."""
+
+    raised_by: str
+    raised_after_ns: int
+    raised_ns: int
+    proved: bool = True  # nothing that may decide it is missing
+    exits: int = 0
+    saves: int = 0
+    blind_saves: int = 0
+    last_save: str = ""
+    nested: bool = False
+    reset: bool = False
+    set_since_reset: bool = False
+    restored_without: bool = False
+
+
+@dataclass
+class Vcpu:
+    """A vCPU that is alive."""
+
+    number: int
+    pid: int
+    vm: int = 0
+    vcpu: int = 0
+    seq: int = 0
+    gaps: int = 0
+    word: int = 0
+    last_ns: int = 0
+    cut: bool = False
+    pending: dict[int, Pending] = field(default_factory=dict)
+
+
+@dataclass
+class Oracle:
+    """The rules, one event at a time."""
+
+    names: Mapping[int, str]
+    loss: Loss = field(default_factory=Loss)
+    blind: bool = False
+    vcpus: dict[int, Vcpu] = field(default_factory=dict)
+    lifecycles: list[Row] = field(default_factory=list)
+    shutdowns: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+
+    def run(self, stream: Iterable[Event | None]) -> None:
+        """Take a whole recording; None stands for a part of it that is missing."""
+        for event in stream:
+            if event is None:
+                self.interrupt()
+            elif event.vcpu:
+                self.take(event)
+            elif event.kind == Kind.VMM_EXIT:
+                for vcpu in [vcpu for vcpu in self.vcpus.values() if vcpu.pid == event.pid]:
+                    self.exit_of_vmm(vcpu, event)
+        self.finish()
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+        for vcpu in self.vcpus.values():
+            vcpu.cut = True
+            for request in vcpu.pending.values():
+                request.proved = False
+
+    def lost(self, number: int) -> int:
+        return self.loss.vcpus[number].count if number in self.loss.vcpus else 0
+
+    def exit_of_vmm(self, vcpu: Vcpu, event: Event) -> None:
+        if self.lost(vcpu.number) > vcpu.gaps:
+            for request in vcpu.pending.values():
+                request.proved = False
+        for bit in list(vcpu.pending):
+            self.end_with_vcpu(vcpu, bit, vcpu.last_ns, event.time_ns)
+        del self.vcpus[vcpu.number]
+
+    def take(self, event: Event) -> None:
+        vcpu = self.vcpus.get(event.vcpu)
+        first = vcpu is None
+        if vcpu is None:
+            if event.kind == Kind.VCPU_END and event.seq != 1:
+                return  # it ended long ago
+            vcpu = self.vcpus[event.vcpu] = Vcpu(event.vcpu, event.pid)
+        if event.kind == Kind.VCPU_NEW:
+            vcpu.vm, vcpu.vcpu, vcpu.pid = event.detail, event.arg, event.pid
+        missing = event.seq - vcpu.seq - 1
+        if event.kind == Kind.VCPU_NEW and (missing or not first):
+            # It comes late: what it says was so before it, and nobody saw since when.
+            event = replace(event, before=event.requests, since_ns=event.time_ns)
+        for bit in self.names:
+            self.transition(vcpu, bit, event, missing != 0 or vcpu.cut)
+        if event.kind == Kind.RUN_EXIT and event.arg == KVM_EXIT_SHUTDOWN:
+            taken = event.before >> 10 & 1 and not event.requests >> 10 & 1
+            self.shutdowns.append(
+                {
+                    "vm": vcpu.vm,
+                    "pid": vcpu.pid,
+                    "vcpu": vcpu.vcpu,
+                    "vcpu_number": vcpu.number,
+                    "time_ns": event.time_ns,
+                    "source": "request" if taken else "hardware",
+                    "nested": bool(event.flags & Flag.NESTED),
+                }
+            )
+        if not (vcpu.cut or (first and self.interrupted)):
+            vcpu.gaps += missing
+        vcpu.seq, vcpu.word, vcpu.last_ns, vcpu.cut = event.seq, event.requests, event.time_ns, False
+        if event.kind == Kind.VCPU_END:
+            del self.vcpus[event.vcpu]
+
+    def transition(self, vcpu: Vcpu, bit: int, event: Event, hole: bool) -> None:
+        known, before, now = (bool(word >> bit & 1) for word in (vcpu.word, event.before, event.requests))
+        if known and hole:
+            vcpu.pending[bit].proved = False
+        if known and not before:
+            self.end(vcpu, bit, "undecided", vcpu.last_ns, event.since_ns, why=True)
+        if not known and before:
+            vcpu.pending[bit] = Pending("unknown", vcpu.last_ns, event.since_ns, proved=False)
+        if not before and now:
+            attached = event.kind == Kind.VCPU_NEW and not event.flags & Flag.CREATED
+            vcpu.pending[bit] = Pending(
+                "unknown" if attached else _raiser(event), 0 if attached else event.since_ns, event.time_ns
+            )
+        if bit not in vcpu.pending:
+            return
+        request = vcpu.pending[bit]
+        request.nested |= bool(event.flags & Flag.NESTED)
+        if not now:
+            end, why = _end(bit, event)
+            self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why)
+            return
+        if event.kind == Kind.RUN_EXIT:
+            request.exits += 1
+        if bit == 10:
+            _payloads(request, event, before)
+        if event.kind == Kind.VCPU_END:
+            self.end_with_vcpu(vcpu, bit, event.since_ns, event.time_ns)
+
+    def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int) -> None:
+        end = {"": "abandoned", "carried": "handed_over", "blind": "lost"}[vcpu.pending[bit].last_save]
+        self.end(vcpu, bit, "undecided" if self.blind else end, after_ns, time_ns, why=self.blind)
+
+    def end(self, vcpu: Vcpu, bit: int, end: str, after_ns: int, time_ns: int, *, why: bool) -> None:
+        request = vcpu.pending.pop(bit)
+        if not request.proved:
+            end, why = "undecided", True
+        by_restore = request.raised_by == "set_vcpu_events" and not request.restored_without
+        self.lifecycles.append(
+            {
+                "vm": vcpu.vm,
+                "pid": vcpu.pid,
+                "vcpu": vcpu.vcpu,
+                "vcpu_number": vcpu.number,
+                "request": self.names[bit],
+                "raised_by": request.raised_by,
+                "raised_after_ns": request.raised_after_ns,
+                "raised_ns": request.raised_ns,
+                "end": end,
+                "ended_after_ns": after_ns,
+                "ended_ns": time_ns,
+                "userspace_exits": request.exits,
+                "saves": request.saves,
+                "blind_saves": request.blind_saves,
+                "nested": request.nested,
+                "stale": end == "delivered" and request.reset and not request.set_since_reset and not by_restore,
+                "exposed": end == "open" and request.last_save == "blind",
+                "why": why,
+            }
+        )
+
+    def finish(self) -> None:
+        for vcpu in self.vcpus.values():
+            unsure = self.lost(vcpu.number) > vcpu.gaps or 0 in self.loss.vcpus or self.loss.blind > 0
+            for bit in list(vcpu.pending):
+                self.end(vcpu, bit, "undecided" if unsure else "open", vcpu.last_ns, -1, why=unsure)
+        self.vcpus.clear()
+
+
+def _payloads(request: Pending, event: Event, before: bool) -> None:
+    valid = bool(event.detail & VALID_TRIPLE_FAULT)
+    pending = bool(event.detail & PAYLOAD_PENDING)
+    if event.kind == Kind.SAVE and event.succeeded:
+        if valid and pending:
+            request.saves += 1
+            request.last_save = "carried"
+        else:
+            request.blind_saves += 1
+            request.last_save = "blind"
+    if event.kind == Kind.RESET and before:
+        request.reset, request.set_since_reset = True, False
+    if event.kind == Kind.RESTORE and event.succeeded and before:
+        if not valid:
+            request.restored_without = True
+        elif pending and request.reset:
+            request.set_since_reset = True
+
+
+def _raiser(event: Event) -> str:
+    if event.kind == Kind.RESTORE:
+        return "set_vcpu_events"
+    if event.kind == Kind.IOCTL_EXIT:
+        return _IOCTLS.get(event.low, "ioctl")
+    if event.kind == Kind.SITE:
+        return _SITES.get(Site(event.low), "kvm_run")
+    return "kvm_run" if event.kind in (Kind.RUN_EXIT, Kind.GUEST_ENTRY, Kind.GUEST_EXIT) else "remote"
+
+
+def _end(bit: int, event: Event) -> tuple[str, bool]:
+    if event.kind in (Kind.IOCTL_EXIT, Kind.SAVE, Kind.RESTORE):
+        return "cleared", bit == 10 and event.kind != Kind.RESTORE
+    if bit != 10:
+        return "serviced", False
+    if event.kind == Kind.RUN_EXIT and event.arg == KVM_EXIT_SHUTDOWN:
+        return "delivered", False
+    if event.kind == Kind.SITE and event.low == Site.REFLECT:
+        return "reflected", False
+    inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT)
+    return ("reflected", False) if inside and event.flags & Flag.NESTED else ("undecided", True)
+
+
+__all__ = ["End", "Event", "Oracle", "Row"]
