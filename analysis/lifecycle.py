@@ -251,14 +251,18 @@ class Lifecycles:
         self._names = dict(names)
         self._vcpus = np.empty(0, _VCPU)
         self._open = np.empty(0, _OPEN)
+        self._interrupted = False
 
     @property
     def carried(self) -> int:
         """Return how many vCPUs and pending requests are carried over."""
         return len(self._vcpus) + len(self._open)
 
-    def feed(self, events: Any, *, blind: bool = False) -> Finished:
+    def feed(self, events: Any, *, blind: bool = False, loss: Loss | None = None) -> Finished:
         """Take a batch: a numpy array of EVENT, or anything with its columns. Return what it ends.
+
+        ``loss``: the totals, counted no earlier than the last event of the batch. The exit of a process has no sequence
+        number of its vCPUs: only these totals tell that the last events of a vCPU before it were lost.
 
         ``blind``: hooks were missed of which no sequence number tells; then a vCPU that ends with a request pending
         proves nothing.
@@ -284,9 +288,9 @@ class Lifecycles:
                 return Finished(empty_lifecycles(), empty_shutdowns())
             first, group = self._groups(rows.vcpu)
             carried = self._lookup(rows.vcpu[first])
-        return self._feed(rows, first, group, carried, blind)
+        return self._feed(rows, first, group, carried, blind, loss or Loss())
 
-    def _feed(self, rows: _Rows, first: Array, group: Array, carried: Array, blind: bool) -> Finished:
+    def _feed(self, rows: _Rows, first: Array, group: Array, carried: Array, blind: bool, loss: Loss) -> Finished:
         n = len(rows.vcpu)
         known = carried >= 0
         state = np.zeros(len(first), _VCPU)
@@ -305,25 +309,35 @@ class Lifecycles:
         last_ns = rows.time_ns[previous].astype(np.int64)
         last_seq[first], last_word[first], last_ns[first] = state["seq"], state["word"], state["last_ns"]
         made = np.flatnonzero(~rows.real)  # ends of vCPUs that their process's exit tells: nothing was read there
-        rows.before[made] = rows.requests[made] = last_word[made]
-        rows.since_ns[made] = last_ns[made].astype("u8")
-        rows.seq[made] = last_seq[made]
+        if len(made):
+            rows.before[made] = rows.requests[made] = last_word[made]
+            rows.since_ns[made] = last_ns[made].astype("u8")
+            rows.seq[made] = last_seq[made]
         sight = np.zeros(n, bool)
         sight[first] = ~known
         missing = rows.seq.astype(np.int64) - last_seq - 1
         missing[made] = 0
-        gap = missing != 0
         cut = np.zeros(n, bool)
         cut[first] = state["cut"]
+        # Signed: two threads can put their events into the ring in another order. Events of a missing part are no loss.
+        counted = np.where(cut | (sight & self._interrupted), 0, missing)
+        state["gaps"] += np.bincount(group, counted, len(first)).astype(np.int64)
+        tail = _losses(loss, rows.vcpu[made]) - state["gaps"][group[made]]
+        missing[made] = np.maximum(tail, 0)
+        gap = missing != 0
+        # A VCPU_NEW that the ring had no room for is sent again: its word was so before, nobody saw since when.
+        again = np.flatnonzero((rows.kind == Kind.VCPU_NEW) & (gap | ~sight))
+        if len(again):
+            rows.before, rows.since_ns = rows.before.copy(), rows.since_ns.copy()
+            rows.before[again], rows.since_ns[again] = rows.requests[again], rows.time_ns[again]
 
         tables = [
-            self._request(bit, name, rows, first, group, state, last_word, last_ns, sight, gap, missing, cut, blind)
+            self._request(bit, name, rows, first, group, state, last_word, last_ns, gap, missing, cut, blind)
             for bit, name in self._names.items()
         ]
         shutdowns = self._shutdowns(rows, group, state)
 
         last = np.append(first[1:], n) - 1
-        state["gaps"] += np.bincount(group, np.maximum(missing, 0), len(first)).astype(np.int64)
         state["seq"], state["word"] = rows.seq[last], rows.requests[last]
         state["last_ns"] = rows.time_ns[last]
         state["cut"] = False
@@ -366,7 +380,6 @@ class Lifecycles:
         state: Array,
         last_word: Array,
         last_ns: Array,
-        sight: Array,
         gap: Array,
         missing: Array,
         cut: Array,
@@ -380,7 +393,7 @@ class Lifecycles:
         if not len(touched):
             return empty_lifecycles(), np.empty(0, _OPEN)
         was_known, before, now = was_known[touched], before[touched], now[touched]
-        group, sight, gap, missing, cut = group[touched], sight[touched], gap[touched], missing[touched], cut[touched]
+        group, gap, missing, cut = group[touched], gap[touched], missing[touched], cut[touched]
         last_ns = last_ns[touched]
         kind, flags, detail = rows.kind[touched], rows.flags[touched], rows.detail[touched]
         arg = rows.arg[touched]
@@ -409,16 +422,11 @@ class Lifecycles:
         begun = np.flatnonzero(start)
         at = now_in[begun]
         seen = ~unseen_start[begun]
-        fresh = sight[begun] & ((flags[begun] & Flag.CREATED) == 0)
+        fresh = (kind[begun] == Kind.VCPU_NEW) & ((flags[begun] & Flag.CREATED) == 0)
         one["by"][at] = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), "unknown")
         one["raised_after_ns"][at] = np.where(seen, np.where(fresh, 0, since_ns[begun]), last_ns[begun])
         one["raised_ns"][at] = np.where(seen, time_ns[begun], since_ns[begun])
         one["unseen"][at] = ~seen
-        # A VCPU_NEW that came late (the ring was full): what happened before it is not known.
-        late = begun[sight[begun] & (gap[begun] | cut[begun])]
-        one["unseen"][now_in[late]] = True
-        one["by"][now_in[late]] = "unknown"
-        one["raised_after_ns"][now_in[late]] = 0
 
         def add(column: str, where: Array, weights: Array | None = None) -> None:
             one[column] += np.bincount(now_in[where], weights, instances).astype(one[column].dtype)
@@ -522,21 +530,21 @@ class Lifecycles:
 
     def interrupt(self) -> None:
         """A part of the recording is missing here: nothing that is pending can be judged any more."""
+        self._interrupted = True
         self._vcpus["cut"] = True
         self._open["cut"] = True
 
     def finish(self, loss: Loss) -> Finished:
         """Return what is still pending at the end of the recording, and forget everything."""
         pending = self._open[np.argsort(self._open["number"], kind="stable")]
+        state = self._vcpus[self._lookup(pending["number"])]
+        self._vcpus, self._open, self._interrupted = self._vcpus[:0], self._open[:0], False
         if not len(pending):
             return Finished(empty_lifecycles(), empty_shutdowns())
-        place = self._lookup(pending["number"])
-        state = self._vcpus[place]
         whys = np.full(len(pending), "", object)
         ends = np.full(len(pending), "open", object)
-        losses = np.array([loss.vcpus[number].count if number in loss.vcpus else 0 for number in state["number"]])
         reasons = (
-            (losses > state["gaps"], "the last events of this vCPU were lost"),
+            (_losses(loss, state["number"]) > state["gaps"], "the last events of this vCPU were lost"),
             (np.full(len(pending), 0 in loss.vcpus), "events of whole VMs or VMMs were lost"),
             (np.full(len(pending), loss.blind > 0), _WHY_BLIND),
         )
@@ -559,8 +567,14 @@ class Lifecycles:
             ],
             ignore_index=True,
         )
-        self._vcpus, self._open = self._vcpus[:0], self._open[:0]
         return Finished(table, empty_shutdowns())
+
+
+def _losses(loss: Loss, numbers: Array) -> Array:
+    """Return how many events of each of these vCPUs the ring had no room for."""
+    if not loss.vcpus:
+        return np.zeros(len(numbers), np.int64)
+    return np.array([loss.vcpus[number].count if number in loss.vcpus else 0 for number in numbers.tolist()], np.int64)
 
 
 def _raised_by(kind: Array, low: Array) -> Array:

@@ -34,6 +34,7 @@ _FIELDS = (
     ("OFFSET_MAX_FDS", "fdtable.max_fds", False),
     ("OFFSET_UNLOCKED_IOCTL", "file_operations.unlocked_ioctl", False),
     ("OFFSET_SIGNAL", "task_struct.signal", False),
+    ("OFFSET_MUTEX_OWNER", "kvm_vcpu.mutex.owner", False),
     ("OFFSET_LIVE", "signal_struct.live", False),
     ("OFFSET_DX", "pt_regs.dx", False),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
@@ -90,6 +91,8 @@ def source(plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Ma
         "MAX_THREADS": str(settings.max_threads),
         "MAX_VMS": str(settings.max_vms),
         "TRIPLE_FAULT": str(TRIPLE_FAULT),
+        # Whether all that is watched is only ever raised by the vCPU's own ioctls; in detail full all is read.
+        "OWN_ONLY": str(int(settings.watched == 1 << TRIPLE_FAULT and not settings.full)),
         **{f"{name.upper()}": f"{address:#x}ULL" for name, address in symbols.items()},
         **{name: str(offset) for name, offset in found.items()},
     }

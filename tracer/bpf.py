@@ -28,7 +28,7 @@ from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
 
 # enum counter of probes/programs/vcpu.c.
-_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries", "runs")
+_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries")
 
 _BPF_OBJ_GET_INFO_BY_FD = 15  # enum bpf_cmd, uapi linux/bpf.h
 

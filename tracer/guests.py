@@ -69,11 +69,12 @@ def _qemu_name(value: str | None) -> str | None:
 
 
 def _libvirt_name(cgroup: str) -> str | None:
-    # systemd-machined's scope: machine-qemu\x2d1\x2dNAME.scope, with \xHH for what a unit name may not hold.
+    # systemd-machined's scope: machine-qemu\x2d1\x2dNAME.scope, with \xHH for each byte that a unit name may not hold.
     found = re.search(r"machine-(\w+)\\x2d\d+\\x2d([^/\n]+)\.scope", cgroup)
     if not found:
         return None
-    return re.sub(r"\\x([0-9a-f]{2})", lambda code: chr(int(code[1], 16)), found[2])
+    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda code: bytes.fromhex(code[1].decode()), found[2].encode())
+    return raw.decode(errors="replace")
 
 
 def describe(pid: int, arguments: Sequence[str], cgroup: str, comm: str) -> Guest:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ _SEGMENT = re.compile(r"segment-(\d{6,})\.parquet")
 # Written whole, so that page checksums and the rename decide together whether a segment counts.
 _DELTA = {"time_ns": "DELTA_BINARY_PACKED", "since_ns": "DELTA_BINARY_PACKED", "seq": "DELTA_BINARY_PACKED"}
 _KEY_VERSION, _KEY_LOSS, _KEY_UNTIL = b"kvmreq.schema", b"kvmreq.loss", b"kvmreq.until_ns"
+# Of what the page checksums do not cover: the footer's own words.
+_KEY_SUM = b"kvmreq.crc32"
 
 
 def to_arrow(events: npt.NDArray[np.void]) -> pa.Table:
@@ -46,6 +49,10 @@ def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
     for name in EVENT.names or ():
         events[name] = table[name].to_numpy()
     return events
+
+
+def _checksum(version: str, loss: str, until_ns: str, events: int) -> str:
+    return f"{zlib.crc32(json.dumps([version, loss, until_ns, events]).encode()):08x}"
 
 
 def _sync_directory(path: Path) -> None:
@@ -118,11 +125,11 @@ class Writer:
         import pyarrow.parquet as pq
 
         table = to_arrow(events)
+        words = (str(SCHEMA_VERSION), json.dumps(loss.as_json()), str(until_ns))
         table = table.replace_schema_metadata(
             {
-                _KEY_VERSION: str(SCHEMA_VERSION),
-                _KEY_LOSS: json.dumps(loss.as_json()),
-                _KEY_UNTIL: str(until_ns),
+                **dict(zip((_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL), words, strict=True)),
+                _KEY_SUM: _checksum(*words, len(events)),
             }
         )
         dictionary = [name for name in table.column_names if name not in _DELTA]
@@ -207,8 +214,8 @@ class Recording:
             expected = number + 1
             try:
                 segment = self._segment(path)
-            except (OSError, ValueError, KeyError) as error:
-                # pyarrow's errors are ValueErrors and OSErrors; their first line says it.
+            except Exception as error:
+                # A damaged file can make pyarrow raise anything, NotImplementedError too; the first line says it.
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 self.left_out.append(f"{path.name}: {reason}")
                 yield None
@@ -230,5 +237,8 @@ class Recording:
             if not file.schema_arrow.remove_metadata().equals(arrow_schema().remove_metadata()):
                 raise ValueError("its columns are not those of an event")
             table = file.read()
+        words = tuple(metadata[key].decode() for key in (_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL))
+        if metadata[_KEY_SUM].decode() != _checksum(*words, table.num_rows):
+            raise ValueError("its footer is damaged")
         loss = Loss.from_json(json.loads(metadata[_KEY_LOSS]))
         return Segment(path.name, from_arrow(table), loss, int(metadata[_KEY_UNTIL]))

@@ -24,7 +24,7 @@ int on_kvm_vcpu_ioctl(struct pt_regs *ctx)
 	struct vcpu_state *state = vcpu ? state_of(vcpu) : NULL;
 
 	if (state)
-		enter_ioctl(state, vcpu, PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+		enter_ioctl(state, vcpu, 0, PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
 	return 0;
 }
 
@@ -44,7 +44,7 @@ int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 	if (!state)
 		return 0;
 	end_of_ioctl(state, vcpu, in, PT_REGS_RC(ctx));
-	leave(state, vcpu);
+	leave(state, vcpu, in);
 	return 0;
 }
 

@@ -31,11 +31,10 @@ struct vcpu_state {
 	u32 vm;
 	u32 vcpu_id;
 	u32 pid;
-	u32 inside;		/* threads inside an ioctl of it */
 	u8 flags;		/* FLAG_CREATED, FLAG_CAP_EXISTS */
 	u8 seen;		/* the flags of its last event */
 	u8 announced;		/* its VCPU_NEW is in the ring */
-	u8 closing;		/* its last descriptor was closed while a thread was inside */
+	u8 closing;		/* its last descriptor was closed while a thread was inside an ioctl */
 };
 
 /* The ioctl that a thread is inside. vcpu is 0 when it is inside none; for KVM_ENABLE_CAP it is the VM. */
@@ -46,7 +45,11 @@ struct in_ioctl {
 	u32 cmd;
 	u32 payload;		/* what user space passed to KVM_SET_VCPU_EVENTS */
 	u32 told;		/* the save or the restore was sent already */
-	u32 unused;
+	u32 fd;			/* the descriptor of its last ioctl of a vCPU, */
+	u64 last_vcpu;		/* which led there */
+	u64 last_ns;		/* when this thread last read its word, where the vCPU's own state was not told */
+	u32 epoch;		/* as it was then */
+	u32 pending;		/* a watched request was pending when it ended */
 };
 
 struct vm_state {
@@ -66,7 +69,6 @@ enum counter {
 	COUNT_MAP_FULL,		/* vCPUs, threads or VMs that did not fit a map */
 	COUNT_MISSED,		/* ioctls whose end was not seen */
 	COUNT_BOUNDARIES,	/* readings at a boundary, sent or not */
-	COUNT_RUNS,		/* returns of KVM_RUN to user space, sent or not */
 	COUNTERS
 };
 
@@ -81,6 +83,7 @@ BPF_HASH(lost, u32, struct vcpu_loss, MAX_VCPUS);
 BPF_HASH(filter, u32, u8, 1024);
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
 BPF_PERCPU_ARRAY(numbers, u32, 1);
+BPF_ARRAY(epoch, u32, 1);		/* counts vCPUs and descriptors that came or went, and changes of watched bits */
 BPF_ARRAY(census, u32, 1);		/* the process whose vCPUs the tracer is looking up, in the tracer's own name */
 
 static inline u64 read_u64(u64 address)
@@ -113,6 +116,21 @@ static inline void count(u32 what)
 
 	if (counter)
 		(*counter)++;		/* per CPU, and a program is not preempted by another one */
+}
+
+static inline u32 current_epoch(void)
+{
+	u32 zero = 0, *now = epoch.lookup(&zero);
+
+	return now ? *now : 0;
+}
+
+static inline void new_epoch(void)
+{
+	u32 zero = 0, *now = epoch.lookup(&zero);
+
+	if (now)
+		__sync_fetch_and_add(now, 1);
 }
 
 /* A number that no other vCPU or VM of this recording has: every CPU hands out its own residue class. */
@@ -257,6 +275,8 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 
 	take_reading(state, vcpu, &reading);
 	count(COUNT_BOUNDARIES);
+	if ((reading.word ^ reading.before) & WATCHED)
+		new_epoch();
 	if (FULL || send_if == ALWAYS || ((reading.word ^ reading.before) & WATCHED) || (reading.word & send_if))
 		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
 }
@@ -285,6 +305,7 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 		pid = *looked_up;		/* the tracer asks on behalf of the vCPU's owner */
 	if (FILTER && !filter.lookup(&pid))
 		return NULL;			/* not one of the processes that the user asked for */
+	new_epoch();
 	new.number = new_number();
 	new.kvm = read_u64(vcpu + OFFSET_KVM);
 	new.vm = vm_number(new.kvm, pid);
@@ -310,6 +331,7 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 
 static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
 {
+	new_epoch();
 	boundary(state, vcpu, KIND_VCPU_END, how, 0, ALWAYS);
 	vcpus.delete(&vcpu);
 }
@@ -369,11 +391,21 @@ static inline int resets(u64 vcpu, u32 cmd, u64 argument)
 	return !(cr0 & X86_CR0_PE);
 }
 
+/* What the hot path has read since is told to the vCPU's own state before that is used. */
+static inline void tell_last(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in)
+{
+	if (in->last_vcpu == vcpu && in->last_ns > state->last_ns)
+		state->last_ns = in->last_ns;
+}
+
 /* A thread enters an ioctl of a vCPU. */
-static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument)
+static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 cmd, u64 argument)
 {
 	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *known, new = { .vcpu = vcpu, .argument = argument, .cmd = cmd };
+	struct in_ioctl *known, new = {
+		.vcpu = vcpu, .argument = argument, .cmd = cmd,
+		.fd = fd, .last_vcpu = vcpu, .epoch = current_epoch(),
+	};
 	u32 kind = cmd == KVM_RUN ? KIND_RUN_ENTER : KIND_IOCTL_ENTER;
 	u64 send_if = 0;
 	int failed;
@@ -382,6 +414,7 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 		new.payload = payload(argument, 1, &failed);
 	known = threads.lookup(&tid);
 	if (known) {
+		tell_last(state, vcpu, known);
 		if (known->vcpu && end_unseen(known)) {
 			/* A gap in that vCPU's events: whether it was saved, nobody knows. */
 			struct vcpu_state *gap = vcpus.lookup(&known->vcpu);
@@ -390,7 +423,6 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 			if (gap) {
 				gap->seq++;
 				lose(gap->number, bpf_ktime_get_ns());
-				__sync_fetch_and_add(&gap->inside, -1);
 			}
 		}
 		*known = new;
@@ -398,7 +430,6 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 		count(COUNT_MAP_FULL);
 		return;
 	}
-	__sync_fetch_and_add(&state->inside, 1);
 	if ((state->word & WATCHED) && resets(vcpu, cmd, argument)) {
 		kind = KIND_RESET;
 		send_if = ALWAYS;
@@ -406,10 +437,10 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 
 	boundary(state, vcpu, kind, cmd, 0, send_if);
 }
 
-static inline void leave(struct vcpu_state *state, u64 vcpu)
+static inline void leave(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in)
 {
-	__sync_fetch_and_add(&state->inside, -1);
-	if (state->closing && !state->inside)
+	in->pending = (state->word & WATCHED) != 0;
+	if (state->closing)
 		end_vcpu(state, vcpu, END_CLOSED);
 }
 
@@ -418,7 +449,6 @@ static inline void end_of_run(struct vcpu_state *state, u64 vcpu, u32 reason, in
 {
 	u64 send_if = reason == KVM_EXIT_SHUTDOWN && !error ? ALWAYS : WATCHED;
 
-	count(COUNT_RUNS);
 	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, 0, send_if);
 	if (state->word & WATCHED) {
 		/* A VMM that has its registers in kvm_run gets the events with them: that is a save, too. */
@@ -498,11 +528,19 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	if (!in || !in->vcpu)
 		return 0;			/* attached while this thread was inside: the end of the system call is left */
 	vcpu = in->vcpu;
-	state = vcpus.lookup(&vcpu);
 	in->vcpu = 0;
+	if (OWN_ONLY && !in->pending && in->epoch == current_epoch() && ctx->args[0] != KVM_EXIT_SHUTDOWN &&
+	    !(read_u64(vcpu + OFFSET_REQUESTS) & WATCHED)) {
+		/* The hot path: nothing was pending, and nothing is. */
+		in->last_ns = bpf_ktime_get_ns();
+		count(COUNT_BOUNDARIES);
+		return 0;
+	}
+	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return 0;
+	tell_last(state, vcpu, in);
 	end_of_run(state, vcpu, ctx->args[0], ctx->args[1]);
-	leave(state, vcpu);
+	leave(state, vcpu, in);
 	return 0;
 }

@@ -162,7 +162,8 @@ def test_all_that_is_missing_is_in_one_line(machine: Machine) -> None:
     (machine.root / "dev/kvm").unlink()
     (machine.root / "usr/bin/python3").unlink()
     assert machine.refusal("demo", before=AS_NOBODY) == (
-        "make demo cannot work here: this is unknown, not Debian 12: install what Debian calls python3-bpfcc python3-venv yourself; "
+        "make demo cannot work here: this is unknown, not Debian 12: "
+        "install what Debian calls python3-bpfcc python3-venv yourself; "
         f"not root: use sudo make demo; no /dev/kvm: {LOAD_KVM}"
     )
 

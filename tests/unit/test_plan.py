@@ -1,0 +1,62 @@
+"""The hook plan as data: what is there, what is missing, what stays unseen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from probes.plan import HOOKS, Via, make
+
+FUNCTIONS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via is not Via.RAW_TRACEPOINT}
+TRACEPOINTS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via is Via.RAW_TRACEPOINT}
+
+
+@pytest.mark.parametrize("engine", HOOKS)
+def test_a_whole_kernel_leaves_only_what_the_engine_is_blind_for(engine: str) -> None:
+    """Every hook is set, in its order."""
+    plan = make(engine, FUNCTIONS, TRACEPOINTS)
+    hooks, blind = HOOKS[engine]
+    assert plan.hopeless is None
+    assert plan.attachable == hooks
+    lines = plan.as_json()
+    assert [line["hook"] for line in lines] == [f"{hook.via}:{hook.target}" for hook in hooks] + [None] * len(blind)
+    assert [line["unseen"] for line in lines if line["hook"] is None] == [one.unseen for one in blind]
+    assert json.loads(json.dumps(lines)) == lines
+
+
+@pytest.mark.parametrize(
+    ("engine", "target"), [(engine, hook.target) for engine, (hooks, _) in HOOKS.items() for hook in hooks]
+)
+def test_each_missing_hook_says_what_stays_unseen(engine: str, target: str) -> None:
+    """And the engine has no hope exactly where it cannot do without it."""
+    plan = make(engine, FUNCTIONS - {target}, TRACEPOINTS - {target})
+    hooks = HOOKS[engine][0]
+    gone = [hook for hook in hooks if hook.target == target]
+    assert [hook for hook in hooks if hook not in plan.attachable] == gone
+    for hook, line in zip(hooks, plan.as_json(), strict=False):
+        assert line["fact"] == hook.fact
+        assert (line["hook"] is None) is (hook in gone)
+        if hook in gone:
+            assert line["unseen"].startswith(f"{hook.unseen} (this kernel has no such ")
+    if any(hook.required for hook in gone):
+        assert plan.hopeless is not None
+        assert target in plan.hopeless
+    else:
+        assert plan.hopeless is None
+
+
+@pytest.mark.parametrize("engine", HOOKS)
+def test_a_kernel_without_anything_has_no_hope(engine: str) -> None:
+    """Every hook that is needed is named."""
+    plan = make(engine, set(), set())
+    assert plan.attachable == ()
+    assert plan.hopeless is not None
+    for hook in HOOKS[engine][0]:
+        assert (f"{hook.target} (" in plan.hopeless) is hook.required
+
+
+@pytest.mark.parametrize("engine", HOOKS)
+def test_what_ends_an_ioctl_is_set_before_what_begins_one(engine: str) -> None:
+    """Else a begin would go without its end while the hooks are being set."""
+    assert HOOKS[engine][0][-1].program in ("on_sys_enter", "on_kvm_vcpu_ioctl")
