@@ -111,7 +111,6 @@ def _follower(style: str, names: Callable[[], dict[int, str]]) -> tuple[Any, Cal
             else:
                 guest = guests.get(row["vm"])
                 known = judged.Guest(
-                    vm=row["vm"],
                     pid=row["pid"],
                     name=words.guest(guest.name if guest else None, row["pid"]),
                     vmm=judged.vmm(guest.vmm if guest else None),
@@ -125,7 +124,7 @@ def _follower(style: str, names: Callable[[], dict[int, str]]) -> tuple[Any, Cal
     def follow(batch: Any, loss: Any, guests: Any) -> None:
         last["guests"] = guests
         if len(batch):
-            show(core.feed(batch, blind=loss.blind > 0).lifecycles, guests)
+            show(core.feed(batch, blind=loss.blind > 0, loss=loss).lifecycles, guests)
 
     def finish(loss: Any) -> None:
         show(core.finish(loss).lifecycles, last["guests"])

@@ -80,7 +80,7 @@ def judge(recording: Source) -> Judgement:
             continue
         loss = segment.loss
         events += len(segment.events)
-        finished = core.feed(segment.events, blind=loss.blind > 0)
+        finished = core.feed(segment.events, blind=loss.blind > 0, loss=loss)
         exposure.feed(segment.events)
         lifecycles.append(finished.lifecycles)
         shutdowns.append(finished.shutdowns)
@@ -110,6 +110,17 @@ def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.Dat
     return vms.assign(name=np.array(names, object), vmm=np.array([guest.get("vmm") for guest in known], object))
 
 
+_WHAT = np.full(max(Kind) + 1, "", object)
+_WHAT[[Kind.RUN_EXIT, Kind.SAVE, Kind.RESET, Kind.RESTORE]] = ["userspace_exit", "save", "reset", "restore"]
+
+
+def _ends_of(table: pd.DataFrame, key: list[str], most: int) -> pd.DataFrame:
+    """Return the first and the last rows of each group, ``most`` in all."""
+    place = table.groupby(key).cumcount()
+    size = table.groupby(key)["time_ns"].transform("size")
+    return table[(place < most // 2) | (place >= size - most // 2)]
+
+
 def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.DataFrame:
     """Return what happened in each of these lifecycles, in order: a second reading of the recording.
 
@@ -129,12 +140,12 @@ def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.D
         events = events[telling]
         full = VALID_TRIPLE_FAULT | PAYLOAD_PENDING
         blind = (events["kind"] == Kind.SAVE) & ((events["detail"] & full) != full)
-        names = {Kind.RUN_EXIT: "userspace_exit", Kind.SAVE: "save", Kind.RESET: "reset", Kind.RESTORE: "restore"}
-        what = np.array([names.get(number, "") for number in range(max(Kind) + 1)], object)[events["kind"]]
+        what = _WHAT[events["kind"]]
         what[blind] = "blind_save"
-        parts.append(
-            pd.DataFrame({"vcpu_number": events["vcpu"], "time_ns": events["time_ns"].astype(np.int64), "what": what})
+        part = pd.DataFrame(
+            {"vcpu_number": events["vcpu"], "time_ns": events["time_ns"].astype(np.int64), "what": what}
         )
+        parts.append(_ends_of(part, ["vcpu_number"], most))  # so that no segment holds more than is told of it
     happened = (
         pd.concat(parts, ignore_index=True)
         if parts
@@ -147,9 +158,7 @@ def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.D
     ended = joined["ended_ns"].where(joined["ended_ns"] >= 0, np.iinfo(np.int64).max)
     joined = joined[(joined["time_ns"] > joined["raised_ns"]) & (joined["time_ns"] < ended)]
     key = ["vcpu_number", "request", "raised_ns"]
-    place = joined.groupby(key).cumcount()
-    size = joined.groupby(key)["time_ns"].transform("size")
-    joined = joined[(place < most // 2) | (place >= size - most // 2)]
+    joined = _ends_of(joined, key, most)
     columns = [*key, "time_ns", "what"]
     raised = own.assign(time_ns=own["raised_ns"], what="raised")[columns]
     ends = own.assign(time_ns=own["ended_ns"].where(own["ended_ns"] >= 0, own["ended_after_ns"]), what=own["end"])[

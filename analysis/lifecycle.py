@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from analysis.rows import by_key
 from probes.requests import TRIPLE_FAULT
 from probes.schema import (
-    EVENT,
     KVM_EXIT_SHUTDOWN,
     PAYLOAD_PENDING,
     VALID_TRIPLE_FAULT,
@@ -55,6 +55,12 @@ _SITES = {
     Site.MACHINE_CHECK: "machine_check",
     Site.SYNC_EVENTS: "set_vcpu_events",
 }
+
+# Who can raise a request; 0: unknown.
+_RAISERS = np.array(
+    ["unknown", "remote", "ioctl", "kvm_run", *dict.fromkeys((*_IOCTLS.values(), *_SITES.values()))], object
+)
+_RAISER = {name: place for place, name in enumerate(_RAISERS)}
 
 #: Columns of a table of lifecycles, one row for each request instance.
 #:
@@ -112,7 +118,7 @@ _OPEN = np.dtype(
     [
         ("number", "u4"),
         ("bit", "u1"),
-        ("by", "O"),
+        ("by", "i1"),  # place in _RAISERS
         ("raised_after_ns", "i8"),
         ("raised_ns", "i8"),
         ("exits", "i8"),
@@ -134,6 +140,7 @@ _OPEN = np.dtype(
 
 _WHY_VANISHED = "the request disappeared inside KVM_RUN without a shutdown exit"
 _WHY_OUTSIDE = "the request disappeared while no ioctl was in progress"
+_WHY_OLDER = "it was pending before tracing began: whether it had been saved by then is not known"
 _WHY_BLIND = "the tracer missed hooks, and they may be what decides it"
 _WHY_CUT = "a part of the recording is missing while it was pending"
 
@@ -147,25 +154,27 @@ class Finished(NamedTuple):
 
 def _table(columns: Mapping[str, str], values: Mapping[str, Any], rows: int) -> pd.DataFrame:
     """Return a table of exactly these columns and types; columns of strings are Python objects."""
-    made = {}
-    for name, dtype in columns.items():
-        made[name] = (
-            np.asarray(values[name], object if dtype == "str" else dtype)
-            if rows
-            else np.empty(0, object if dtype == "str" else dtype)
-        )
-    table = pd.DataFrame(made)
-    return table.astype({name: "object" for name, dtype in columns.items() if dtype == "str"}, copy=False)
+    # A Series of objects, lest pandas look through them for strings.
+    return pd.DataFrame(
+        {
+            name: pd.Series(np.asarray(values[name]) if rows else [], dtype="object" if dtype == "str" else dtype)
+            for name, dtype in columns.items()
+        }
+    )
+
+
+_EMPTY_LIFECYCLES = _table(LIFECYCLE, {}, 0)
+_EMPTY_SHUTDOWNS = _table(SHUTDOWN, {}, 0)
 
 
 def empty_lifecycles() -> pd.DataFrame:
     """Return a table of lifecycles without rows."""
-    return _table(LIFECYCLE, {}, 0)
+    return _EMPTY_LIFECYCLES.copy()
 
 
 def empty_shutdowns() -> pd.DataFrame:
     """Return a table of shutdown exits without rows."""
-    return _table(SHUTDOWN, {}, 0)
+    return _EMPTY_SHUTDOWNS.copy()
 
 
 def _seconds(ns: int) -> str:
@@ -181,23 +190,29 @@ def gap_story(lost: int, begin_ns: int, end_ns: int) -> str:
     return f"{events} of this vCPU {were} lost between {_seconds(begin_ns)} and {_seconds(end_ns)}"
 
 
+# What the rules look at.
+_COLUMNS = (
+    "time_ns", "since_ns", "requests", "before", "arg", "vcpu", "seq", "pid", "detail", "kind", "flags",
+)  # fmt: skip
+
+
 class _Rows:
     """The events of a batch that concern vCPUs, by vCPU and in order, beside what was known before each."""
 
     def __init__(self, events: Any, vcpus: Array) -> None:
-        column = {name: np.asarray(events[name]) for name in EVENT.names or ()}
+        column = {name: np.asarray(events[name]) for name in _COLUMNS}
         whole = column["vcpu"] == 0
         exits = np.flatnonzero(whole & (column["kind"] == Kind.VMM_EXIT)) if whole.any() else np.empty(0, np.int64)
         own = np.flatnonzero(~whole) if whole.any() else np.arange(len(whole))
         self.position = own
-        for name in EVENT.names or ():
+        for name in _COLUMNS:
             setattr(self, name, column[name][own] if whole.any() else column[name])
         self.real = np.ones(len(own), bool)
         if len(exits):
             self._end_of_vmms(column, exits, vcpus)
-        if (len(self.vcpu) and (np.diff(self.vcpu.astype(np.int64)) < 0).any()) or len(exits):
-            order = np.lexsort((self.position, self.vcpu)) if len(exits) else np.argsort(self.vcpu, kind="stable")
-            for name in (*(EVENT.names or ()), "real", "position"):
+        if (len(self.vcpu) and (self.vcpu[1:] < self.vcpu[:-1]).any()) or len(exits):
+            order = np.lexsort((self.position, self.vcpu)) if len(exits) else by_key(self.vcpu)
+            for name in (*_COLUMNS, "real", "position"):
                 setattr(self, name, getattr(self, name)[order])
 
     time_ns: Array
@@ -208,9 +223,7 @@ class _Rows:
     vcpu: Array
     seq: Array
     pid: Array
-    tid: Array
     detail: Array
-    cpu: Array
     kind: Array
     flags: Array
 
@@ -230,17 +243,17 @@ class _Rows:
         inside = np.minimum(place, len(exits) - 1)
         ends = (place < len(exits)) & (column["pid"][exits[order[inside]]] == pid)
         at = exits[order[inside[ends]]]
-        made = {name: column[name][at] for name in EVENT.names or ()}
+        made = {name: column[name][at] for name in _COLUMNS}
         made["vcpu"] = number[ends].astype("u4")
         made["kind"] = np.full(len(at), Kind.VCPU_END, "u1")
-        for name in EVENT.names or ():
+        for name in _COLUMNS:
             setattr(self, name, np.concatenate((getattr(self, name), made[name])))
         self.real = np.concatenate((self.real, np.zeros(len(at), bool)))
         self.position = np.concatenate((self.position, at))
 
     def keep(self, mask: Array) -> None:
         """Leave out the other rows."""
-        for name in (*(EVENT.names or ()), "real", "position"):
+        for name in (*_COLUMNS, "real", "position"):
             setattr(self, name, getattr(self, name)[mask])
 
 
@@ -298,10 +311,7 @@ class Lifecycles:
             state[known] = self._vcpus[carried[known]]
         state["number"] = rows.vcpu[first]
         state["pid"][~known] = rows.pid[first][~known]
-        new = np.flatnonzero(rows.kind == Kind.VCPU_NEW)
-        state["vm"][group[new]] = rows.detail[new]
-        state["vcpu"][group[new]] = rows.arg[new]
-        state["pid"][group[new]] = rows.pid[new]
+        who, whose = self._identify(rows, first, group, state)
 
         previous = np.arange(n) - 1
         last_seq = rows.seq[previous].astype(np.int64)
@@ -332,10 +342,10 @@ class Lifecycles:
             rows.before[again], rows.since_ns[again] = rows.requests[again], rows.time_ns[again]
 
         tables = [
-            self._request(bit, name, rows, first, group, state, last_word, last_ns, gap, missing, cut, blind)
+            self._request(bit, name, rows, first, group, who, whose, last_word, last_ns, gap, missing, cut, blind)
             for bit, name in self._names.items()
         ]
-        shutdowns = self._shutdowns(rows, group, state)
+        shutdowns = self._shutdowns(rows, who, whose)
 
         last = np.append(first[1:], n) - 1
         state["seq"], state["word"] = rows.seq[last], rows.requests[last]
@@ -355,6 +365,26 @@ class Lifecycles:
             else (finished[0] if finished else empty_lifecycles())
         )
         return Finished(lifecycles, shutdowns)
+
+    @staticmethod
+    def _identify(rows: _Rows, first: Array, group: Array, state: Array) -> tuple[Array, Array]:
+        # Who each row is, and where that stands in the table: what a VCPU_NEW says does not hold for rows before it.
+        new = np.flatnonzero(rows.kind == Kind.VCPU_NEW)
+        for at in (new[first[group[new]] == new], new[first[group[new]] != new]):
+            who = state.copy()
+            state["vm"][group[at]] = rows.detail[at]
+            state["vcpu"][group[at]] = rows.arg[at]
+            state["pid"][group[at]] = rows.pid[at]
+        if not len(at):
+            return state, group
+        # The last VCPU_NEW so far of each row, if it is not the first row of its vCPU.
+        latest = np.zeros(len(group), np.int64)
+        latest[at] = np.arange(1, len(at) + 1)
+        latest = np.maximum.accumulate(latest)
+        said = np.append(-1, group[at])[latest] == group
+        later = who[group[at]]
+        later["vm"], later["vcpu"], later["pid"] = rows.detail[at], rows.arg[at], rows.pid[at]
+        return np.concatenate((who, later)), np.where(said, len(who) + latest - 1, group)
 
     @staticmethod
     def _groups(vcpu: Array) -> tuple[Array, Array]:
@@ -377,7 +407,8 @@ class Lifecycles:
         rows: _Rows,
         first: Array,
         group: Array,
-        state: Array,
+        who: Array,
+        whose: Array,
         last_word: Array,
         last_ns: Array,
         gap: Array,
@@ -415,15 +446,15 @@ class Lifecycles:
 
         one = np.zeros(instances, _OPEN)
         one["bit"] = bit
-        one["number"][now_in] = state["number"][group]
+        one["number"][now_in] = who["number"][group]
         place = numbered[carried_in] - start[carried_in] - 1
-        one[place] = self._carried_requests(state["number"][group[carried_in]], bit)
+        one[place] = self._carried_requests(who["number"][group[carried_in]], bit)
 
         begun = np.flatnonzero(start)
         at = now_in[begun]
         seen = ~unseen_start[begun]
         fresh = (kind[begun] == Kind.VCPU_NEW) & ((flags[begun] & Flag.CREATED) == 0)
-        one["by"][at] = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), "unknown")
+        one["by"][at] = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), _RAISER["unknown"])
         one["raised_after_ns"][at] = np.where(seen, np.where(fresh, 0, since_ns[begun]), last_ns[begun])
         one["raised_ns"][at] = np.where(seen, time_ns[begun], since_ns[begun])
         one["unseen"][at] = ~seen
@@ -466,10 +497,13 @@ class Lifecycles:
         end, why = _ends(bit, kind, low, detail, succeeded, flags, gone)
         last_save = one["last_save"][now_in[over]]
         stopped = np.array(["abandoned", "handed_over", "lost"], object)[last_save]
+        stop_why = np.full(len(over), "", object)
+        if bit == TRIPLE_FAULT:
+            # Pending when tracing began, and not saved since: a save before that is what nobody can exclude.
+            older = (last_save == _NO_SAVE) & (one["by"][now_in[over]] == _RAISER["unknown"])
+            stopped[older], stop_why[older] = "undecided", _WHY_OLDER
         ends = np.concatenate((np.full(len(vanished), "undecided", object), end, stopped))
-        whys = np.concatenate(
-            (np.full(len(vanished), "its end was not seen", object), why, np.full(len(over), "", object))
-        )
+        whys = np.concatenate((np.full(len(vanished), "its end was not seen", object), why, stop_why))
         after = np.concatenate((last_ns[vanished], since_ns[gone], since_ns[over]))
         ended = np.concatenate((since_ns[vanished], time_ns[gone], time_ns[over]))
         if blind:
@@ -477,7 +511,7 @@ class Lifecycles:
             ends[proof], whys[proof] = "undecided", _WHY_BLIND
         order = np.argsort(index)
         index, ends, whys, row = index[order], ends[order], whys[order], row[order]
-        table = _lifecycles(one[index], name, state[group[row]], ends, whys, after[order], ended[order])
+        table = _lifecycles(one[index], name, who[whose[touched[row]]], ends, whys, after[order], ended[order])
         still = np.ones(instances, bool)
         still[index] = False
         return table, one[still]
@@ -485,7 +519,8 @@ class Lifecycles:
     def _carried_requests(self, numbers: Array, bit: int) -> Array:
         mine = self._open[self._open["bit"] == bit]
         mine = mine[np.argsort(mine["number"])]
-        return mine[np.searchsorted(mine["number"], numbers)]
+        found: Array = mine[np.searchsorted(mine["number"], numbers)]
+        return found
 
     @staticmethod
     def _resets(
@@ -507,13 +542,13 @@ class Lifecycles:
         )
         one["reset"] |= again
 
-    def _shutdowns(self, rows: _Rows, group: Array, state: Array) -> pd.DataFrame:
+    def _shutdowns(self, rows: _Rows, everyone: Array, whose: Array) -> pd.DataFrame:
         at = np.flatnonzero((rows.kind == Kind.RUN_EXIT) & (rows.arg == KVM_EXIT_SHUTDOWN))
         if not len(at):
             return empty_shutdowns()
         mask = np.uint64(1 << TRIPLE_FAULT)
         taken = ((rows.before[at] & mask) != 0) & ((rows.requests[at] & mask) == 0)
-        who = state[group[at]]
+        who = everyone[whose[at]]
         return _table(
             SHUTDOWN,
             {
@@ -578,17 +613,14 @@ def _losses(loss: Loss, numbers: Array) -> Array:
 
 
 def _raised_by(kind: Array, low: Array) -> Array:
-    by = np.full(len(kind), "remote", object)
-    by[(kind == Kind.RUN_EXIT) | (kind == Kind.GUEST_ENTRY) | (kind == Kind.GUEST_EXIT)] = "kvm_run"
-    by[kind == Kind.RESTORE] = "set_vcpu_events"
-    ioctl = kind == Kind.IOCTL_EXIT
-    by[ioctl] = "ioctl"
-    for number, name in _IOCTLS.items():
-        by[ioctl & (low == number)] = name
-    site = kind == Kind.SITE
-    by[site] = "kvm_run"
-    for number, name in _SITES.items():
-        by[site & (low == number)] = name
+    by = np.full(len(kind), _RAISER["remote"], "i1")
+    by[(kind == Kind.RUN_EXIT) | (kind == Kind.GUEST_ENTRY) | (kind == Kind.GUEST_EXIT)] = _RAISER["kvm_run"]
+    by[kind == Kind.RESTORE] = _RAISER["set_vcpu_events"]
+    for what, default, names in ((Kind.IOCTL_EXIT, "ioctl", _IOCTLS), (Kind.SITE, "kvm_run", _SITES)):
+        at = np.flatnonzero(kind == what)
+        by[at] = _RAISER[default]
+        for number, name in names.items() if len(at) else ():
+            by[at[low[at] == number]] = _RAISER[name]
     return by
 
 
@@ -634,7 +666,10 @@ def _lifecycles(
         ends[index], whys[index] = "undecided", "; ".join(story)
     delivered = ends == "delivered"
     stale = (
-        delivered & one["reset"] & ~one["restored_since"] & ((one["by"] != "set_vcpu_events") | one["restored_without"])
+        delivered
+        & one["reset"]
+        & ~one["restored_since"]
+        & ((one["by"] != _RAISER["set_vcpu_events"]) | one["restored_without"])
     )
     return _table(
         LIFECYCLE,
@@ -644,7 +679,7 @@ def _lifecycles(
             "vcpu": who["vcpu"],
             "vcpu_number": who["number"],
             "request": np.full(len(one), name, object),
-            "raised_by": one["by"],
+            "raised_by": _RAISERS[one["by"]],
             "raised_after_ns": one["raised_after_ns"],
             "raised_ns": one["raised_ns"],
             "end": ends,

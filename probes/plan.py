@@ -263,7 +263,7 @@ class Plan:
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return the plan as doctor prints it and recordings carry it."""
-        return [one.as_json() for one in (*self.hooks, *self.blind)]
+        return [*(planned.as_json() for planned in self.hooks), *(blind.as_json() for blind in self.blind)]
 
 
 def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) -> Plan:

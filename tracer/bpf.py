@@ -131,19 +131,19 @@ class Engine:
             try:
                 from bcc import BPF
 
-                self._bpf: Any = BPF(text=text, cflags=["-Wno-unused-function", "-g0"])
+                self._bpf: Any = BPF(text=text.encode(), cflags=["-Wno-unused-function", "-g0"])
             except Exception as error:
                 # BCC raises Exception itself, for everything.
                 raise CannotTrace(
                     f"the {plan.engine} engine cannot be loaded: {_why(error, printed())}",
                     hint="kvmreq doctor tells what works here",
                 ) from error
-        self._counters = self._bpf["counters"]
-        self._lost = self._bpf["lost"]
+        self._counters = self._bpf[b"counters"]
+        self._lost = self._bpf[b"lost"]
         self._lost[ctypes.c_uint32(0)] = self._lost.Leaf()
         for pid in pids:
-            self._bpf["filter"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
-        self._ring = Ring(self._bpf["ring"].map_fd, settings.ring_bytes, EVENT)
+            self._bpf[b"filter"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
+        self._ring = Ring(self._bpf[b"ring"].map_fd, settings.ring_bytes, EVENT)
         self._seen_losses = -1
         self._vcpu_losses: Mapping[int, VcpuLoss] = {}
         self.unseen: list[str] = []
@@ -168,12 +168,14 @@ class Engine:
                     self.unseen.append(f"{hook.unseen} ({hook.target} refused: {why})")
 
     def _attach(self, hook: Hook) -> None:
+        # BCC warns of names that are no bytes.
+        target, fn_name = hook.target.encode(), hook.program.encode()
         if hook.via is Via.RAW_TRACEPOINT:
-            self._bpf.attach_raw_tracepoint(tp=hook.target, fn_name=hook.program)
+            self._bpf.attach_raw_tracepoint(tp=target, fn_name=fn_name)
         elif hook.via is Via.KPROBE:
-            self._bpf.attach_kprobe(event=hook.target, fn_name=hook.program)
+            self._bpf.attach_kprobe(event=target, fn_name=fn_name)
         else:
-            self._bpf.attach_kretprobe(event=hook.target, fn_name=hook.program)
+            self._bpf.attach_kretprobe(event=target, fn_name=fn_name)
 
     def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
         """Return the events that are in the ring, ``most`` at the most."""
@@ -216,7 +218,7 @@ class Engine:
     @contextmanager
     def asking_for(self, pid: int) -> Iterator[None]:
         """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
-        census = self._bpf["census"]
+        census = self._bpf[b"census"]
         census[ctypes.c_int(0)] = ctypes.c_uint32(pid)
         try:
             yield
@@ -226,12 +228,12 @@ class Engine:
     def descriptors_of(self, pid: int, low: int, high: int) -> None:
         """Tell the programs between which descriptors the vCPUs of a process lie."""
         if self.plan.engine == "tracepoint":
-            vmms = self._bpf["vmms"]
+            vmms = self._bpf[b"vmms"]
             vmms[ctypes.c_uint32(pid)] = vmms.Leaf(low, high)
 
     def sweep(self, ended: set[int]) -> None:
         """Forget the vCPUs of processes that have ended: their places are needed."""
-        vcpus = self._bpf["vcpus"]
+        vcpus = self._bpf[b"vcpus"]
         for address, state in list(vcpus.items()):
             if state.pid in ended:
                 del vcpus[address]

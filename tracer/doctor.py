@@ -142,7 +142,7 @@ def _own_events() -> Any:
 def _guests(choice: Choice) -> list[dict[str, Any]]:
     """Return the guests that run, and whether a save would lose a pending triple fault of theirs."""
     running = guests.running()
-    found = {}
+    found: dict[int, tuple[bool, bool]] = {}
     if running and choice.plan is not None and choice.why_not is None:
         try:
             mask = 1 << TRIPLE_FAULT

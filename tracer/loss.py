@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class VcpuLoss(NamedTuple):
+@dataclass(frozen=True)
+class VcpuLoss:
     """Events of one vCPU that were produced and not recorded."""
 
     count: int
@@ -51,7 +52,7 @@ class Loss:
             "map_full": self.map_full,
             "missed": self.missed,
             "not_written": self.not_written,
-            "vcpus": {str(number): list(loss) for number, loss in self.vcpus.items()},
+            "vcpus": {str(number): [loss.count, loss.first_ns, loss.last_ns] for number, loss in self.vcpus.items()},
         }
 
     @classmethod

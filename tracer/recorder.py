@@ -280,6 +280,7 @@ class Recorder:
             self._writer.update(
                 ended_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
                 counters=self._engine.counters(),
+                segments=self._writer.segments,
                 guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},
             )
         finally:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _META = "meta.json"
+# What every meta.json has from the beginning, and no report can do without.
+_META_NEEDS = {
+    **dict.fromkeys(("host", "kernel", "engine", "detail"), str),
+    **dict.fromkeys(("requests_by_bit", "clock"), dict),
+    **dict.fromkeys(("requests", "plan"), list),
+    "started_ns": int,
+}
 _SEGMENT = re.compile(r"segment-(\d{6,})\.parquet")
 # Written whole, so that page checksums and the rename decide together whether a segment counts.
 _DELTA = {"time_ns": "DELTA_BINARY_PACKED", "since_ns": "DELTA_BINARY_PACKED", "seq": "DELTA_BINARY_PACKED"}
@@ -40,7 +47,8 @@ def to_arrow(events: npt.NDArray[np.void]) -> pa.Table:
     import pyarrow as pa
 
     schema = arrow_schema()
-    return pa.table([np.ascontiguousarray(events[name]) for name in schema.names], schema=schema)
+    columns: list[Any] = [np.ascontiguousarray(events[name]) for name in schema.names]
+    return pa.table(columns, schema=schema)
 
 
 def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
@@ -77,7 +85,7 @@ class Writer:
     def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
         self.path = path
         self._meta = dict(meta)
-        self._number = 0
+        self.segments = 0
         self.bytes = 0
         try:
             path.mkdir(mode=0o700)
@@ -89,7 +97,11 @@ class Writer:
             raise BadRecording(
                 f"{path} cannot be created: {_reason(error)}", hint="name a directory that can be written with -o"
             ) from error
-        self.update()
+        try:
+            self.update()
+        except BadRecording:
+            path.rmdir()
+            raise
 
     def update(self, **changes: Any) -> None:
         """Change the recording's meta.json."""
@@ -132,7 +144,7 @@ class Writer:
                 _KEY_SUM: _checksum(*words, len(events)),
             }
         )
-        dictionary = [name for name in table.column_names if name not in _DELTA]
+        dictionary: Any = [name for name in table.column_names if name not in _DELTA]
 
         def fill(path: Path) -> None:
             pq.write_table(
@@ -146,8 +158,8 @@ class Writer:
             )
             self.bytes += path.stat().st_size
 
-        self._write(f"segment-{self._number + 1:06d}.parquet", fill)
-        self._number += 1
+        self._write(f"segment-{self.segments + 1:06d}.parquet", fill)
+        self.segments += 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,7 @@ class Recording:
             raise BadRecording(f"{path} is a file, a recording is a directory", hint=hint) from None
         except OSError as error:
             raise BadRecording(f"{path}/{_META} cannot be read: {_reason(error)}", hint="run as its owner") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy") from error
         if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
             raise BadRecording(f"{path}/{_META} is not kvmreq's: it names no schema", hint=hint)
@@ -193,6 +205,9 @@ class Recording:
                 f"{path} has schema {meta['schema']}, this kvmreq reads up to {SCHEMA_VERSION}",
                 hint="read it with the kvmreq that made it, or a newer one",
             )
+        missing = [name for name, kind in _META_NEEDS.items() if not isinstance(meta.get(name), kind)]
+        if missing:
+            raise BadRecording(f"{path}/{_META} is damaged: it lacks {missing[0]}", hint="restore it from a copy")
         return cls(path, meta)
 
     @property
@@ -209,7 +224,7 @@ class Recording:
         expected = 1
         for number, path in numbered:
             if number != expected:
-                self.left_out.append(f"segments {expected} to {number - 1} are missing")
+                self._miss(expected, number - 1)
                 yield None
             expected = number + 1
             try:
@@ -221,6 +236,14 @@ class Recording:
                 yield None
             else:
                 yield segment
+        written = self.meta.get("segments")
+        if isinstance(written, int) and written >= expected:
+            self._miss(expected, written)
+            yield None
+
+    def _miss(self, first: int, last: int) -> None:
+        which = f"segment {first} is" if first == last else f"segments {first} to {last} are"
+        self.left_out.append(f"{which} missing")
 
     @staticmethod
     def _segment(path: Path) -> Segment:

@@ -43,7 +43,7 @@ int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return 0;
-	end_of_ioctl(state, vcpu, in, PT_REGS_RC(ctx));
+	end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, in->told, PT_REGS_RC(ctx));
 	leave(state, vcpu, in);
 	return 0;
 }

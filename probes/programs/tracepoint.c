@@ -284,45 +284,47 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 
 static inline void kvm_ioctl_returns(struct arguments *arguments, struct in_ioctl *known, int result)
 {
-	struct in_ioctl in = { .cmd = arguments->si, .argument = arguments->dx };
+	u32 cmd = arguments->si, restored = 0;
 	struct vcpu_state *state;
-	int failed;
-	u64 kvm;
+	int failed, seen = 0;
+	u64 vcpu;
 
 	if (known && known->vcpu) {
-		in = *known;
+		vcpu = known->vcpu;
 		known->vcpu = 0;
-		if (in.cmd == KVM_ENABLE_CAP) {
+		if (known->cmd == KVM_ENABLE_CAP) {
 			if (!result)
-				cap_set(in.vcpu);
+				cap_set(vcpu);
 			return;
 		}
-		state = vcpus.lookup(&in.vcpu);
-	} else if (in.cmd == KVM_CREATE_VCPU) {
+		seen = 1;
+		restored = known->payload;
+		state = vcpus.lookup(&vcpu);
+	} else if (cmd == KVM_CREATE_VCPU) {
 		if (result >= 0)
 			vcpu_created(result);
 		return;
-	} else if (in.cmd == KVM_CREATE_VM) {
-		kvm = result >= 0 ? behind_fd(result, OF_VM) : 0;
-		if (kvm)
-			vms.delete(&kvm);	/* a new VM where another one was */
+	} else if (cmd == KVM_CREATE_VM) {
+		vcpu = result >= 0 ? behind_fd(result, OF_VM) : 0;
+		if (vcpu)
+			vms.delete(&vcpu);	/* a new VM where another one was */
 		return;
 	} else {
 		/* It began before the tracer was there. */
-		in.vcpu = vcpu_behind_fd(arguments->di);
-		if (!in.vcpu)
+		vcpu = vcpu_behind_fd(arguments->di);
+		if (!vcpu)
 			return;
-		state = state_behind_fd(in.vcpu, arguments->di);
-		in.payload = payload(in.argument, 1, &failed);
+		state = state_behind_fd(vcpu, arguments->di);
+		restored = payload(arguments->dx, 1, &failed);
 	}
 	if (!state)
 		return;
-	if (in.cmd != KVM_RUN)
-		end_of_ioctl(state, in.vcpu, &in, result);
-	else if (!known)
-		end_of_run(state, in.vcpu, read_u32(read_u64(in.vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), result);
-	if (known)
-		leave(state, in.vcpu, known);
+	if (cmd != KVM_RUN)
+		end_of_ioctl(state, vcpu, cmd, arguments->dx, restored, 0, result);
+	else if (!seen)
+		end_of_run(state, vcpu, read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), result);
+	if (known && seen)
+		leave(state, vcpu, known);
 }
 
 /* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */

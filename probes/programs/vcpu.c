@@ -245,16 +245,9 @@ static inline void send(struct vcpu_state *state, struct reading *reading, u32 k
 	/* As the word was before this reading: what changed since then is the event's own news. */
 	struct reading first = { .now = reading->since, .since = 0, .word = reading->before, .before = 0 };
 
-	/* A loop, so that there is one copy of put(): compiling many of them is most of what attaching costs. */
-#pragma clang loop unroll(disable)
-	for (int news = !state->announced; news >= 0; news--) {
-		int room = put(state, news ? &first : reading, news ? KIND_VCPU_NEW : kind,
-			       news ? state->vcpu_id : arg, news ? state->vm : detail,
-			       news ? flags & ~FLAG_SYNC : flags);
-
-		if (news)
-			state->announced = room;
-	}
+	if (!state->announced)
+		state->announced = put(state, &first, KIND_VCPU_NEW, state->vcpu_id, state->vm, flags & ~FLAG_SYNC);
+	put(state, reading, kind, arg, detail, flags);
 }
 
 static inline void take_reading(struct vcpu_state *state, u64 vcpu, struct reading *reading)
@@ -482,27 +475,26 @@ static inline void after(u32 site, u64 send_if)
 		boundary(state, vcpu, KIND_SITE, site, 0, send_if);
 }
 
-/* An ioctl other than KVM_RUN returns. */
-static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in, int error)
+/* An ioctl other than KVM_RUN returns. `told`: the engine has seen inside it what was saved or restored. */
+static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument, u32 restored, u32 told,
+				int error)
 {
 	u32 kind = KIND_IOCTL_EXIT, detail = 0;
 	u64 send_if = WATCHED;
 	int failed;
 
-	if (in->told) {
-		/* The engine has seen inside it what was saved or restored. */
-	} else if (in->cmd == KVM_GET_VCPU_EVENTS) {
+	if (!told && cmd == KVM_GET_VCPU_EVENTS) {
 		kind = KIND_SAVE;
 		send_if = ALWAYS;
-		detail = payload(in->argument, 1, &failed);
+		detail = payload(argument, 1, &failed);
 		if (failed)
 			detail = payload_by_rule(state, vcpu);
-	} else if (in->cmd == KVM_SET_VCPU_EVENTS) {
+	} else if (!told && cmd == KVM_SET_VCPU_EVENTS) {
 		kind = KIND_RESTORE;
 		send_if = ALWAYS;
-		detail = in->payload;
+		detail = restored;
 	}
-	boundary(state, vcpu, kind, in->cmd | (u64)(u32)error << 32, detail, send_if);
+	boundary(state, vcpu, kind, cmd | (u64)(u32)error << 32, detail, send_if);
 }
 
 /* KVM_CAP_X86_TRIPLE_FAULT_EVENT was set on a VM. */

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from probes.schema import FIELDS, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import FIELDS, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Flag, Kind, Site
 from tracer.loss import Loss
 
 Row: TypeAlias = dict[str, Any]
@@ -208,8 +208,11 @@ class Oracle:
             self.end_with_vcpu(vcpu, bit, event.since_ns, event.time_ns)
 
     def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int) -> None:
-        end = {"": "abandoned", "carried": "handed_over", "blind": "lost"}[vcpu.pending[bit].last_save]
-        self.end(vcpu, bit, "undecided" if self.blind else end, after_ns, time_ns, why=self.blind)
+        request = vcpu.pending[bit]
+        end = {"": "abandoned", "carried": "handed_over", "blind": "lost"}[request.last_save]
+        older = bit == 10 and end == "abandoned" and request.raised_by == "unknown"
+        unknown = self.blind or older
+        self.end(vcpu, bit, "undecided" if unknown else end, after_ns, time_ns, why=unknown)
 
     def end(self, vcpu: Vcpu, bit: int, end: str, after_ns: int, time_ns: int, *, why: bool) -> None:
         request = vcpu.pending.pop(bit)
@@ -287,6 +290,3 @@ def _end(bit: int, event: Event) -> tuple[str, bool]:
         return "reflected", False
     inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT)
     return ("reflected", False) if inside and event.flags & Flag.NESTED else ("undecided", True)
-
-
-__all__ = ["End", "Event", "Oracle", "Row"]

@@ -176,9 +176,7 @@ def test_loss_never_changes_a_verdict(
 def test_nothing_is_carried_of_vcpus_that_ended(steps: list[tuple[int, int, int]]) -> None:
     machine = played(steps, end_all=True)
     core = Lifecycles(NAMES)
-    alive = 0
     for event in machine.events:
         core.feed(batch([event]))
-        alive = max(alive, len(machine.guests))
         assert core.carried <= machine.numbers * (1 + len(NAMES))
     assert core.carried == 0

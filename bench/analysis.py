@@ -1,0 +1,90 @@
+"""How fast lifecycles are told from events, on one core, and in how much memory.
+
+    .venv/bin/python -m bench.analysis [EVENTS]
+
+Each stream runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from analysis.lifecycle import Lifecycles
+from probes.schema import EVENT, Flag, Kind, Site
+
+BATCH = 1_000_000
+VCPUS = 5_000
+TRIPLE_FAULT = 1 << 10
+SAVE = 0x8040AE9F
+
+
+def pending(events: int) -> Iterator[Any]:
+    """Yield batches of one vCPU that returns to user space with a triple fault pending, again and again."""
+    for begin in range(0, events, BATCH):
+        batch = np.zeros(min(BATCH, events - begin), EVENT)
+        index = np.arange(begin, begin + len(batch))
+        batch["vcpu"], batch["pid"], batch["kind"], batch["arg"] = 1, 100, Kind.RUN_EXIT, 5
+        batch["seq"], batch["time_ns"], batch["since_ns"] = index + 1, 1000 + index, 999 + index
+        batch["requests"] = batch["before"] = TRIPLE_FAULT
+        if begin == 0:
+            batch["kind"][0], batch["flags"][0], batch["requests"][0] = Kind.VCPU_NEW, Flag.CREATED, 0
+            batch["before"][:2] = batch["since_ns"][0] = batch["arg"][0] = 0
+        yield batch
+
+
+def many(events: int) -> Iterator[Any]:
+    """Yield batches of 5,000 vCPUs in turn: raised by RSM, returned, saved, returned, delivered, and again."""
+    kinds = np.array([Kind.SITE, Kind.RUN_EXIT, Kind.SAVE, Kind.RUN_EXIT, Kind.RUN_EXIT], "u1")
+    args = np.array([Site.RSM, 5, SAVE, 5, 8], "u8")
+    words = np.array([1, 1, 1, 1, 0], "u8") * np.uint64(TRIPLE_FAULT)
+    for begin in range(0, events, BATCH):
+        batch = np.zeros(min(BATCH, events - begin), EVENT)
+        index = np.arange(begin, begin + len(batch))
+        turn = index // VCPUS
+        step = (turn - 1) % len(kinds)
+        new = turn == 0
+        batch["vcpu"], batch["seq"] = index % VCPUS + 1, turn + 1
+        batch["pid"] = 100 + index % VCPUS // 8
+        batch["time_ns"], batch["since_ns"] = 1_000_000 + index, np.where(new, 0, 1_000_000 + index - VCPUS)
+        batch["kind"], batch["arg"] = np.where(new, Kind.VCPU_NEW, kinds[step]), np.where(new, 0, args[step])
+        batch["requests"] = np.where(new, 0, words[step])
+        batch["before"] = np.where(turn < 2, 0, words[step - 1])
+        batch["flags"] = Flag.CREATED
+        yield batch
+
+
+STREAMS = {"one pending vCPU": pending, "5,000 vCPUs": many}
+
+
+def measure(name: str, events: int) -> None:
+    """Print how fast one stream was judged, how many lifecycles it ended, and the peak of the process's memory."""
+    core = Lifecycles({10: "triple_fault"})
+    spent, ended = 0.0, 0
+    for batch in STREAMS[name](events):
+        begin = time.process_time()
+        ended += len(core.feed(batch).lifecycles)
+        spent += time.process_time() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{name:<18}{events:>12,}{ended:>12,}{spent:>9.2f}{events / spent / 1e6:>12.2f}{peak:>10.0f}", flush=True)
+
+
+def main() -> None:
+    """Measure every stream."""
+    events = sys.argv[1] if len(sys.argv) > 1 else "10000000"
+    if len(sys.argv) > 2:
+        measure(sys.argv[2], int(events))
+        return
+    print(f"{'stream':<18}{'events':>12}{'lifecycles':>12}{'s':>9}{'M events/s':>12}{'peak MiB':>10}", flush=True)
+    for name in STREAMS:
+        subprocess.run([sys.executable, "-m", "bench.analysis", events, name], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The real command, started as a user starts it: `kvmreq record` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_STOP_S = 60
+
+
+@dataclass(frozen=True)
+class Live:
+    """A recording that has begun: what it took from the start of the process to its line on stderr."""
+
+    began_ns: int
+    took_s: float
+    cpu_s: float  # what the process used of the CPUs until then: does not depend on what else runs
+
+
+def _cpu_s(pid: int) -> float:
+    # utime and stime of proc_pid_stat(5), after the name, which ends with the last parenthesis.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def recording(path: Path) -> Iterator[Live]:
+    """Record into ``path`` meanwhile; the body runs once the command says that it records."""
+    began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvmreq", "record", "-o", str(path)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stderr is not None
+    said: list[str] = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if "recording into" in line:
+                break
+        else:
+            raise RuntimeError(f"kvmreq record failed: {''.join(said)}")
+        took = (time.clock_gettime_ns(time.CLOCK_MONOTONIC) - began) / 1e9
+        yield Live(began, took, _cpu_s(process.pid))
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=_STOP_S)
+        if process.returncode:
+            raise RuntimeError(f"kvmreq record ended with status {process.returncode}: {rest}")

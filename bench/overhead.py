@@ -1,0 +1,140 @@
+"""What recording costs a guest that exits to user space as fast as it can, against empty programs on the same hooks."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from bench.command import recording
+from bench.table import Figure
+from probes import program
+from probes.plan import Plan, Via
+from tracer.recorder import choose
+
+_ROUNDS = 9
+_EXITS = 200_000
+_EMPTY = "int empty_{index}(void *ctx)\n{{\n\treturn 0;\n}}\n"
+
+
+class _Empty:
+    """Empty programs on every hook of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
+        from bcc import BPF
+
+        self._hooks = plan.attachable
+        self._bpf: Any = BPF(text="".join(_EMPTY.format(index=index) for index in range(len(self._hooks))))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        for index, hook in enumerate(self._hooks):
+            name = f"empty_{index}"
+            if hook.via is Via.RAW_TRACEPOINT:
+                self._bpf.attach_raw_tracepoint(tp=hook.target, fn_name=name)
+            elif hook.via is Via.KPROBE:
+                self._bpf.attach_kprobe(event=hook.target, fn_name=name)
+            else:
+                self._bpf.attach_kretprobe(event=hook.target, fn_name=name)
+        try:
+            yield
+        finally:
+            for name in list(self._bpf.raw_tracepoint_fds):
+                self._bpf.detach_raw_tracepoint(tp=name)
+            for name in list(self._bpf.kprobe_fds):
+                self._bpf.detach_kprobe_event(name)
+
+    def close(self) -> None:
+        self._bpf.cleanup()
+
+
+class _Guests:
+    """Guests that exit in a loop, each on a CPU of its own; the first one is measured."""
+
+    def __init__(self, binary: Path, number: int, rounds: int, exits: int) -> None:
+        cpus = sorted(os.sched_getaffinity(0), reverse=True)
+        self._processes = []
+        for index in range(number):
+            # One round more, to warm up; the guests beside the first one run longer, so that it is never alone.
+            process = subprocess.Popen(
+                [str(binary), str(rounds + 1), str(exits if index == 0 else exits * 5 // 4)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            os.sched_setaffinity(process.pid, {cpus[index % len(cpus)]})
+            self._processes.append(process)
+        for process in self._processes:
+            self._line(process)
+        self.round()
+
+    @staticmethod
+    def _line(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"exit_loop ended with status {process.wait()}")
+        return line
+
+    def round(self) -> float:
+        """Run one round; return the nanoseconds of one KVM_RUN round trip of the first guest."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        first, *_ = [float(self._line(process)) for process in self._processes]
+        return first
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the figures of one busy vCPU, and of one that has a second one beside it."""
+    empty = _Empty(choose("auto").plan)
+    with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as scratch:
+        binary = Path(scratch) / "exit_loop"
+        subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).with_name("exit_loop.c")], check=True)
+        for number in (1, 2):
+            yield from _measure(Path(scratch), binary, empty, number)
+    empty.close()
+
+
+def _measure(scratch: Path, binary: Path, empty: _Empty, number: int) -> Iterator[Figure]:
+    guests = _Guests(binary, number, 3 * _ROUNDS, _EXITS)
+    taken = iter(range(_ROUNDS))
+    ways: tuple[Callable[[], AbstractContextManager[object]], ...] = (
+        nullcontext,
+        empty.attached,
+        lambda: recording(scratch / f"{number}-{next(taken)}"),
+    )
+    rounds: list[list[float]] = []
+    try:
+        for _ in range(_ROUNDS):
+            times = []
+            for way in ways:
+                with way():
+                    times.append(guests.round())
+            rounds.append(times)
+    finally:
+        guests.close()
+    what = "KVM_RUN round trip" if number == 1 else "  the same, a second vCPU as busy"
+    if number == 1:
+        yield Figure("overhead", f"{what}, untraced", statistics.median(one[0] for one in rounds), "ns")
+    yield Figure("overhead", f"{what}: empty programs / untraced", statistics.median(b / a for a, b, _ in rounds), "x")
+    yield Figure(
+        "overhead",
+        f"{what}: recording / untraced",
+        statistics.median(c / a for a, _, c in rounds),
+        "x",
+        1.10 if number == 1 else None,
+    )
+    yield Figure("overhead", f"{what}: recording / empty", statistics.median(c / b for _, b, c in rounds), "x")
