@@ -119,12 +119,13 @@ def _follower(style: str, names: Callable[[], dict[int, str]]) -> tuple[Any, Cal
                 )
                 print(text.live(row, known, clock), flush=True)
 
-    last: dict[str, Any] = {"guests": {}}
+    last: dict[str, Any] = {"guests": {}, "blind": 0}
 
     def follow(batch: Any, loss: Any, guests: Any) -> None:
         last["guests"] = guests
         if len(batch):
-            show(core.feed(batch, blind=loss.blind > 0, loss=loss).lifecycles, guests)
+            show(core.feed(batch, blind=loss.blind > last["blind"], loss=loss).lifecycles, guests)
+            last["blind"] = loss.blind
 
     def finish(loss: Any) -> None:
         show(core.finish(loss).lifecycles, last["guests"])

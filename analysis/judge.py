@@ -78,9 +78,11 @@ def judge(recording: Source) -> Judgement:
         if segment is None:
             core.interrupt()
             continue
+        # Hooks that were missed in this segment concern what was pending in it, and nothing later.
+        blind = segment.loss.blind > loss.blind
         loss = segment.loss
         events += len(segment.events)
-        finished = core.feed(segment.events, blind=loss.blind > 0, loss=loss)
+        finished = core.feed(segment.events, blind=blind, loss=loss)
         exposure.feed(segment.events)
         lifecycles.append(finished.lifecycles)
         shutdowns.append(finished.shutdowns)

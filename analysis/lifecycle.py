@@ -135,6 +135,7 @@ _OPEN = np.dtype(
         ("gap_to", "i8"),
         ("unseen", "?"),  # its raise was not seen
         ("cut", "?"),
+        ("missed", "?"),  # hooks were missed while it was pending
     ]
 )
 
@@ -280,6 +281,8 @@ class Lifecycles:
         ``blind``: hooks were missed of which no sequence number tells; then a vCPU that ends with a request pending
         proves nothing.
         """
+        if blind:
+            self._open["missed"] = True
         rows = _Rows(events, self._vcpus)
         # After the end of a vCPU nothing is its own any more; an end without a vCPU is a second one.
         n = len(rows.vcpu)
@@ -506,9 +509,9 @@ class Lifecycles:
         whys = np.concatenate((np.full(len(vanished), "its end was not seen", object), why, stop_why))
         after = np.concatenate((last_ns[vanished], since_ns[gone], since_ns[over]))
         ended = np.concatenate((since_ns[vanished], time_ns[gone], time_ns[over]))
-        if blind:
-            proof = np.isin(ends, ("lost", "abandoned", "handed_over"))
-            ends[proof], whys[proof] = "undecided", _WHY_BLIND
+        one["missed"] |= blind
+        proof = np.isin(ends, ("lost", "abandoned", "handed_over")) & one["missed"][index]
+        ends[proof], whys[proof] = "undecided", _WHY_BLIND
         order = np.argsort(index)
         index, ends, whys, row = index[order], ends[order], whys[order], row[order]
         table = _lifecycles(one[index], name, who[whose[touched[row]]], ends, whys, after[order], ended[order])

@@ -19,6 +19,7 @@ from tracer.recorder import choose
 
 _ROUNDS = 9
 _EXITS = 200_000
+_Times = tuple[float, float]  # wall, CPU of the vCPU's thread
 _EMPTY = "int empty_{index}(void *ctx)\n{{\n\treturn 0;\n}}\n"
 
 
@@ -82,14 +83,14 @@ class _Guests:
             raise RuntimeError(f"exit_loop ended with status {process.wait()}")
         return line
 
-    def round(self) -> float:
+    def round(self) -> _Times:
         """Run one round; return the nanoseconds of one KVM_RUN round trip of the first guest."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        first, *_ = [float(self._line(process)) for process in self._processes]
-        return first
+        first, *_ = [self._line(process).split() for process in self._processes]
+        return float(first[0]), float(first[1])
 
     def close(self) -> None:
         for process in self._processes:
@@ -116,7 +117,7 @@ def _measure(scratch: Path, binary: Path, empty: _Empty, number: int) -> Iterato
         empty.attached,
         lambda: recording(scratch / f"{number}-{next(taken)}"),
     )
-    rounds: list[list[float]] = []
+    rounds: list[list[_Times]] = []
     try:
         for _ in range(_ROUNDS):
             times = []
@@ -126,15 +127,15 @@ def _measure(scratch: Path, binary: Path, empty: _Empty, number: int) -> Iterato
             rounds.append(times)
     finally:
         guests.close()
-    what = "KVM_RUN round trip" if number == 1 else "  the same, a second vCPU as busy"
+
+    def ratio(above: int, below: int, clock: int = 0) -> float:
+        return statistics.median(one[above][clock] / one[below][clock] for one in rounds)
+
     if number == 1:
-        yield Figure("overhead", f"{what}, untraced", statistics.median(one[0] for one in rounds), "ns")
-    yield Figure("overhead", f"{what}: empty programs / untraced", statistics.median(b / a for a, b, _ in rounds), "x")
-    yield Figure(
-        "overhead",
-        f"{what}: recording / untraced",
-        statistics.median(c / a for a, _, c in rounds),
-        "x",
-        1.10 if number == 1 else None,
-    )
-    yield Figure("overhead", f"{what}: recording / empty", statistics.median(c / b for _, b, c in rounds), "x")
+        yield Figure("overhead", "KVM_RUN round trip, untraced", statistics.median(one[0][0] for one in rounds), "ns")
+    who = "one vCPU" if number == 1 else "two vCPUs"
+    yield Figure("overhead", f"{who}: empty programs / untraced", ratio(1, 0), "x")
+    yield Figure("overhead", f"{who}: recording / untraced", ratio(2, 0), "x", 1.10 if number == 1 else None)
+    yield Figure("overhead", f"{who}: recording / empty programs", ratio(2, 1), "x")
+    yield Figure("overhead", f"{who}: empty programs / untraced, CPU time of vCPU 0", ratio(1, 0, 1), "x")
+    yield Figure("overhead", f"{who}: recording / untraced, CPU time of vCPU 0", ratio(2, 0, 1), "x")

@@ -239,11 +239,15 @@ class Engine:
                 del vcpus[address]
 
     def detach(self) -> None:
-        """Take every hook away. The ring can still be drained."""
-        for name in list(self._bpf.raw_tracepoint_fds):
-            self._bpf.detach_raw_tracepoint(tp=name)
-        for name in list(self._bpf.kprobe_fds):
+        """Take every hook away. The ring can still be drained.
+
+        What begins an ioctl goes before what ends one, the last attached first: an end that is gone too early would
+        look like one that was missed.
+        """
+        for name in reversed(list(self._bpf.kprobe_fds)):
             self._bpf.detach_kprobe_event(name)
+        for name in reversed(list(self._bpf.raw_tracepoint_fds)):
+            self._bpf.detach_raw_tracepoint(tp=name)
 
     def close(self) -> None:
         """Detach and free everything."""

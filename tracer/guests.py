@@ -105,9 +105,10 @@ def guest(pid: int) -> Guest:
 
 def _links(pid: int) -> Iterator[tuple[int, str]]:
     try:
-        for entry in os.scandir(PROC / str(pid) / "fd"):
-            with contextlib.suppress(OSError):
-                yield int(entry.name), os.readlink(entry.path)  # noqa: PTH115 - a DirEntry is no Path
+        with os.scandir(PROC / str(pid) / "fd") as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    yield int(entry.name), os.readlink(entry.path)  # noqa: PTH115 - a DirEntry is no Path
     except OSError:
         return  # gone, or not ours to look at
 

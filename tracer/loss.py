@@ -43,7 +43,8 @@ class Loss:
     @property
     def blind(self) -> int:
         """Return the losses that no event's sequence number reveals: any verdict may hang on them."""
-        return self.map_full + self.missed + self.not_written
+        told = sum(loss.count for loss in self.vcpus.values()) - self.ring_full
+        return self.map_full + self.not_written + max(0, self.missed - max(0, told))
 
     def as_json(self) -> dict[str, Any]:
         """Return the loss as it stands in a recording's segments."""

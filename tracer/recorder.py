@@ -217,7 +217,10 @@ class Recorder:
             self._held += len(batch)
             self.events += len(batch)
         if self.follower is not None:
-            self.follower(batch, self._engine.loss() if len(batch) else self._last_loss, self.guests)
+            # One that fails (its reader has gone) is not called again: stop() must still write what is left.
+            follower, self.follower = self.follower, None
+            follower(batch, self._engine.loss() if len(batch) else self._last_loss, self.guests)
+            self.follower = follower
         due = time.monotonic() - self._last_segment >= _SEGMENT_S
         if due or self._held >= _SEGMENT_EVENTS:
             self._cut()

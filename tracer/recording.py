@@ -260,8 +260,8 @@ class Recording:
             if not file.schema_arrow.remove_metadata().equals(arrow_schema().remove_metadata()):
                 raise ValueError("its columns are not those of an event")
             table = file.read()
-        words = tuple(metadata[key].decode() for key in (_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL))
-        if metadata[_KEY_SUM].decode() != _checksum(*words, table.num_rows):
+        version, lost, until = (metadata[key].decode() for key in (_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL))
+        if metadata[_KEY_SUM].decode() != _checksum(version, lost, until, table.num_rows):
             raise ValueError("its footer is damaged")
-        loss = Loss.from_json(json.loads(metadata[_KEY_LOSS]))
-        return Segment(path.name, from_arrow(table), loss, int(metadata[_KEY_UNTIL]))
+        loss = Loss.from_json(json.loads(lost))
+        return Segment(path.name, from_arrow(table), loss, int(until))

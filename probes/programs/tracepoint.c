@@ -286,7 +286,7 @@ static inline void kvm_ioctl_returns(struct arguments *arguments, struct in_ioct
 {
 	u32 cmd = arguments->si, restored = 0;
 	struct vcpu_state *state;
-	int failed, seen = 0;
+	int failed;
 	u64 vcpu;
 
 	if (known && known->vcpu) {
@@ -297,7 +297,6 @@ static inline void kvm_ioctl_returns(struct arguments *arguments, struct in_ioct
 				cap_set(vcpu);
 			return;
 		}
-		seen = 1;
 		restored = known->payload;
 		state = vcpus.lookup(&vcpu);
 	} else if (cmd == KVM_CREATE_VCPU) {
@@ -321,10 +320,12 @@ static inline void kvm_ioctl_returns(struct arguments *arguments, struct in_ioct
 		return;
 	if (cmd != KVM_RUN)
 		end_of_ioctl(state, vcpu, cmd, arguments->dx, restored, 0, result);
-	else if (!seen)
+	else
 		end_of_run(state, vcpu, read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), result);
-	if (known && seen)
+	if (known) {
+		known->unseen = 0;
 		leave(state, vcpu, known);
+	}
 }
 
 /* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */
@@ -343,7 +344,7 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 			return 0;
 		tid = bpf_get_current_pid_tgid();
 		known = threads.lookup(&tid);
-		if (known && !known->vcpu && (u32)arguments.si == KVM_RUN)
+		if (known && !known->vcpu && !known->unseen && (u32)arguments.si == KVM_RUN)
 			return 0;		/* on_userspace_exit() has seen it */
 		kvm_ioctl_returns(&arguments, known, result);
 		return 0;

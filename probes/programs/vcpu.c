@@ -50,6 +50,8 @@ struct in_ioctl {
 	u64 last_ns;		/* when this thread last read its word, where the vCPU's own state was not told */
 	u32 epoch;		/* as it was then */
 	u32 pending;		/* a watched request was pending when it ended */
+	u32 unseen;		/* KVM_RUN returned whose beginning was not seen */
+	u32 unused;
 };
 
 struct vm_state {
@@ -517,8 +519,12 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	struct vcpu_state *state;
 	u64 vcpu;
 
-	if (!in || !in->vcpu)
+	if (!in)
 		return 0;			/* attached while this thread was inside: the end of the system call is left */
+	if (!in->vcpu) {
+		in->unseen = 1;			/* its beginning was missed: likewise */
+		return 0;
+	}
 	vcpu = in->vcpu;
 	in->vcpu = 0;
 	if (OWN_ONLY && !in->pending && in->epoch == current_epoch() && ctx->args[0] != KVM_EXIT_SHUTDOWN &&

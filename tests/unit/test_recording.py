@@ -141,7 +141,7 @@ def test_an_existing_directory_is_left_alone(recorded: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
     for path in (recorded, tmp_path / "empty", tmp_path / "file"):
-        with pytest.raises(BadRecording, match="exists already.*-o"):
+        with pytest.raises(BadRecording, match=r"exists already.*-o"):
             Writer(path, META)
     assert {path.name: path.read_bytes() for path in recorded.iterdir()} == before
     assert list((tmp_path / "empty").iterdir()) == []
@@ -331,7 +331,7 @@ def test_what_is_no_recording_is_one_error(tmp_path: Path) -> None:
         Recording.open(tmp_path / "nothing")
     with pytest.raises(BadRecording, match="is a file, a recording is a directory"):
         Recording.open(tmp_path / "file")
-    with pytest.raises(BadRecording, match="it has no meta.json"):
+    with pytest.raises(BadRecording, match=r"it has no meta\.json"):
         Recording.open(tmp_path)
 
 

@@ -92,7 +92,7 @@ class Kernel:
 
     def read(self, most: int) -> list[bytes]:
         """Return what a reader must get now, record by record."""
-        got = []
+        got: list[bytes] = []
         position = self.consumer
         while position < self.producer and len(got) < most:
             record = bytes(self._memory[2 * PAGE + (position + at) % self.size] for at in range(STRIDE))
