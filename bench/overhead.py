@@ -137,5 +137,5 @@ def _measure(scratch: Path, binary: Path, empty: _Empty, number: int) -> Iterato
     yield Figure("overhead", f"{who}: empty programs / untraced", ratio(1, 0), "x")
     yield Figure("overhead", f"{who}: recording / untraced", ratio(2, 0), "x", 1.10 if number == 1 else None)
     yield Figure("overhead", f"{who}: recording / empty programs", ratio(2, 1), "x")
-    yield Figure("overhead", f"{who}: empty programs / untraced, CPU time of vCPU 0", ratio(1, 0, 1), "x")
-    yield Figure("overhead", f"{who}: recording / untraced, CPU time of vCPU 0", ratio(2, 0, 1), "x")
+    yield Figure("overhead", f"{who}: empty programs / untraced, its CPU time", ratio(1, 0, 1), "x")
+    yield Figure("overhead", f"{who}: recording / untraced, its CPU time", ratio(2, 0, 1), "x")
