@@ -21,6 +21,9 @@ from tracer.errors import CommandFailed, KvmreqError
 
 EXIT_ERROR = 1
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+_ENVIRONMENT = dict(os.environ)  # as we were given it, and as a COMMAND gets it
+
 _DESCRIPTION = "Proves on a live KVM host which vCPU requests were lost, above all pending shutdowns of guests."
 _STATUS = "exit status: 0 nothing lost, 1 error, 2 usage, 3 something was lost, 4 something is undecided"
 
@@ -86,7 +89,7 @@ def _wish(arguments: argparse.Namespace) -> Any:
 
 def _start_command(command: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(command)
+        return subprocess.Popen(command, env=_ENVIRONMENT)
     except OSError as error:
         raise CommandFailed(
             f"{shlex.join(command)} cannot be run: {os.strerror(error.errno or 0)}", hint="check the command after --"
@@ -496,6 +499,8 @@ def _one_line() -> Iterator[None]:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     arguments = parser().parse_args(words)
+    # Before numpy is imported: the threads of its linear algebra spin, and nothing here uses them.
+    os.environ.setdefault(_BLAS_THREADS, "1")
     if getattr(arguments, "requests", None) is None:
         arguments.requests = ["triple_fault"]
     with _one_line():

@@ -30,6 +30,9 @@ from tracer.ring import Ring
 # enum counter of probes/programs/vcpu.c.
 _COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries")
 
+# BCC runs an optimiser of its own after clang's: one of them is enough, and nobody reads the debug information.
+_CFLAGS = ["-Wno-unused-function", "-g0", "-Xclang", "-disable-llvm-passes"]
+
 _BPF_OBJ_GET_INFO_BY_FD = 15  # enum bpf_cmd, uapi linux/bpf.h
 
 
@@ -131,7 +134,7 @@ class Engine:
             try:
                 from bcc import BPF
 
-                self._bpf: Any = BPF(text=text.encode(), cflags=["-Wno-unused-function", "-g0"])
+                self._bpf: Any = BPF(text=text.encode(), cflags=_CFLAGS)
             except Exception as error:
                 # BCC raises Exception itself, for everything.
                 raise CannotTrace(

@@ -72,6 +72,10 @@ static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
 
 	if (!in || !in->vcpu || !in->events)
 		return;			/* attached while this thread was inside: the end of the ioctl will tell */
+	if (kind == KIND_SAVE && in->cmd == KVM_RUN) {
+		in->events = 0;
+		return;			/* a save through kvm_run, before KVM_RUN ends: end_of_run() tells it after that */
+	}
 	vcpu = in->vcpu;
 	state = vcpus.lookup(&vcpu);
 	if (!state)

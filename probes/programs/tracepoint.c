@@ -218,7 +218,7 @@ static inline void ioctl_begins(struct arguments *arguments)
 			return;
 		}
 	}
-	if (cmd == KVM_ENABLE_CAP && !bpf_probe_read_user(&cap, sizeof(cap), (void *)arguments->dx) &&
+	if (cmd == KVM_ENABLE_CAP && !read_user(&cap, sizeof(cap), (void *)arguments->dx) &&
 	    cap == KVM_CAP_X86_TRIPLE_FAULT_EVENT) {
 		struct in_ioctl in = { .vcpu = behind_fd(arguments->di, OF_VM), .cmd = cmd };
 

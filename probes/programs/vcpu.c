@@ -88,6 +88,9 @@ BPF_PERCPU_ARRAY(numbers, u32, 1);
 BPF_ARRAY(epoch, u32, 1);		/* counts vCPUs and descriptors that came or went, and changes of watched bits */
 BPF_ARRAY(census, u32, 1);		/* the process whose vCPUs the tracer is looking up, in the tracer's own name */
 
+/* Not by its own name: for each call of bpf_probe_read_user() BCC looks the kernel's symbols through. */
+static long (*read_user)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_user;
+
 static inline u64 read_u64(u64 address)
 {
 	u64 value = 0;
@@ -355,8 +358,8 @@ static inline u32 payload(u64 events, int from_user, int *failed)
 	u8 pending = 0;
 
 	if (from_user)
-		*failed = bpf_probe_read_user(&flags, sizeof(flags), (void *)(events + EVENTS_FLAGS)) ||
-			  bpf_probe_read_user(&pending, sizeof(pending), (void *)(events + EVENTS_PENDING));
+		*failed = read_user(&flags, sizeof(flags), (void *)(events + EVENTS_FLAGS)) ||
+			  read_user(&pending, sizeof(pending), (void *)(events + EVENTS_PENDING));
 	else
 		*failed = bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(events + EVENTS_FLAGS)) ||
 			  bpf_probe_read_kernel(&pending, sizeof(pending), (void *)(events + EVENTS_PENDING));
@@ -380,7 +383,7 @@ static inline int resets(u64 vcpu, u32 cmd, u64 argument)
 	u64 cr0 = X86_CR0_PE;
 
 	if (cmd == KVM_SET_SREGS || cmd == KVM_SET_SREGS2)
-		bpf_probe_read_user(&cr0, sizeof(cr0), (void *)(argument + SREGS_CR0));
+		read_user(&cr0, sizeof(cr0), (void *)(argument + SREGS_CR0));
 	else if (cmd == KVM_SET_REGS)
 		bpf_probe_read_kernel(&cr0, sizeof(cr0), (void *)(vcpu + OFFSET_CR0));
 	return !(cr0 & X86_CR0_PE);
