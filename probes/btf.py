@@ -159,11 +159,12 @@ class Btf:
             return self._spelled(btf_type.size)
         return self._name(btf_type.name_off)
 
-    def _find(self, name: str, kind: int) -> int:
-        number = self._lib.btf__find_by_name_kind(self._top, name.encode(), kind)
-        if number < 0:
-            raise MissingField(f"the kernel's BTF has no {name}")
-        return int(number)
+    def _find(self, name: str, *kinds: int) -> int:
+        for kind in kinds:
+            number = self._lib.btf__find_by_name_kind(self._top, name.encode(), kind)
+            if number >= 0:
+                return int(number)
+        raise MissingField(f"the kernel's BTF has no {name}")
 
     def _type(self, number: int) -> _Type:
         pointer = self._lib.btf__type_by_id(self._top, number)
@@ -204,7 +205,7 @@ class Btf:
             return self._located[path]
         parent, _, name = path.rpartition(".")
         if not parent:
-            place = 0, self._find(name, _STRUCT)
+            place = 0, self._find(name, _STRUCT, _UNION)
         else:
             offset, number = self._locate(parent)
             found = self._member(self._resolved(number), name)

@@ -34,6 +34,7 @@ _FIELDS = (
     ("OFFSET_MAX_FDS", "fdtable.max_fds", False),
     ("OFFSET_UNLOCKED_IOCTL", "file_operations.unlocked_ioctl", False),
     ("OFFSET_SIGNAL", "task_struct.signal", False),
+    ("OFFSET_STACK", "task_struct.stack", False),
     ("OFFSET_MUTEX_OWNER", "kvm_vcpu.mutex.owner", False),
     ("OFFSET_LIVE", "signal_struct.live", False),
     ("OFFSET_DX", "pt_regs.dx", False),
@@ -42,6 +43,10 @@ _FIELDS = (
     # A statistic that is 1 while the vCPU runs L2; the flag in hflags has had two values.
     ("OFFSET_GUEST_MODE", "kvm_vcpu.stat.guest_mode", True),
 )
+
+# Every type whose size they need where bpf_task_pt_regs() is missing; newer kernels have no thread_union, which is as
+# large as the kernel stack of a task.
+_SIZES = (("SIZE_STACK", "thread_union"), ("SIZE_PT_REGS", "pt_regs"))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Settings:
 
 
 def offsets(btf: Btf) -> dict[str, int]:
-    """Return the offset of every field that the programs read, by the name of its constant.
+    """Return the offset of every field that the programs read, and the sizes, by the names of their constants.
 
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
@@ -70,6 +75,9 @@ def offsets(btf: Btf) -> dict[str, int]:
         except MissingField:
             if not optional:
                 raise
+    for constant, what in _SIZES:
+        if btf.has(what):
+            found[constant] = btf.size(what)
     found["OFFSET_PRIVATE_DATA"] = btf.offset("file.private_data") - found["OFFSET_F_OP"]
     return found
 

@@ -126,7 +126,7 @@ class Engine:
             raise CannotTrace(
                 f"the {plan.engine} engine cannot read vCPUs: {error}", hint="kvmreq doctor tells what works here"
             ) from error
-        symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf"))
+        symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
         host.forget_addresses()
         text = program.source(plan, settings, found, symbols)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())

@@ -21,18 +21,52 @@ static inline struct vcpu_state *state_of(u64 vcpu)
 int on_kvm_vcpu_ioctl(struct pt_regs *ctx)
 {
 	u64 vcpu = read_u64(PT_REGS_PARM1(ctx) + OFFSET_F_OP + OFFSET_PRIVATE_DATA);
-	struct vcpu_state *state = vcpu ? state_of(vcpu) : NULL;
+	u64 thread = this_thread();
+	u32 cmd = PT_REGS_PARM2(ctx);
+	struct in_ioctl *in;
+	struct vcpu_state *state;
 
+	if (OWN_ONLY && cmd == KVM_RUN) {
+		/* The hot path: a request that only the vCPU's own ioctls raise is as it was when the last one ended. */
+		in = threads.lookup(&thread);
+		if (in && !in->vcpu && in->last_vcpu == vcpu && !in->pending && in->epoch == current_epoch()) {
+			in->vcpu = vcpu;
+			in->cmd = cmd;
+			return 0;
+		}
+	}
+	state = vcpu ? state_of(vcpu) : NULL;
 	if (state)
-		enter_ioctl(state, vcpu, 0, PT_REGS_PARM2(ctx), PT_REGS_PARM3(ctx));
+		enter_ioctl(state, vcpu, 0, cmd, PT_REGS_PARM3(ctx));
+	return 0;
+}
+
+/* Raw tracepoint kvm:kvm_userspace_exit (u32 reason, int errno): no vCPU, but its thread is inside KVM_RUN. */
+int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 thread = this_thread();
+	u32 reason = ctx->args[0];
+	struct in_ioctl *in = threads.lookup(&thread);
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	if (!in || !in->vcpu)
+		return 0;		/* attached while this thread was inside: the next boundary will tell */
+	vcpu = in->vcpu;
+	in->vcpu = 0;
+	if (OWN_ONLY && in->last_vcpu == vcpu && nothing_happened(in, reason))
+		return 0;
+	state = vcpus.lookup(&vcpu);
+	if (state)
+		run_returns(state, vcpu, in, reason, ctx->args[1]);
 	return 0;
 }
 
 /* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */
 int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
 	struct vcpu_state *state;
 	u64 vcpu;
 
@@ -51,8 +85,8 @@ int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 /* int kvm_vcpu_ioctl_x86_{get,set}_vcpu_events(struct kvm_vcpu *vcpu, struct kvm_vcpu_events *events): entry */
 int on_vcpu_events(struct pt_regs *ctx)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
 
 	if (in)
 		in->events = PT_REGS_PARM2(ctx);
@@ -61,8 +95,8 @@ int on_vcpu_events(struct pt_regs *ctx)
 
 static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
 	struct reading reading = {};
 	struct vcpu_state *state;
 	u32 passed;
@@ -134,17 +168,17 @@ int on_kvm_destroy_vm(struct pt_regs *ctx)
 int on_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
 {
 	struct in_ioctl in = { .vcpu = PT_REGS_PARM1(ctx), .cmd = KVM_ENABLE_CAP };
-	u32 tid = bpf_get_current_pid_tgid();
+	u64 thread = this_thread();
 
-	if (read_u32(PT_REGS_PARM2(ctx)) == KVM_CAP_X86_TRIPLE_FAULT_EVENT && threads.update(&tid, &in))
+	if (read_u32(PT_REGS_PARM2(ctx)) == KVM_CAP_X86_TRIPLE_FAULT_EVENT && threads.update(&thread, &in))
 		count(COUNT_MAP_FULL);
 	return 0;
 }
 
 int after_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
 	u64 kvm;
 
 	if (!in || !in->vcpu || in->cmd != KVM_ENABLE_CAP)
@@ -170,9 +204,9 @@ int on_kvm_vcpu_reset(struct pt_regs *ctx)
 /* Raw tracepoint sched_process_exit (struct task_struct *task, ...): a thread leaves nothing behind. */
 int on_thread_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u32 tid = bpf_get_current_pid_tgid();
+	u64 thread = ctx->args[0];
 
-	threads.delete(&tid);
+	threads.delete(&thread);
 	return 0;
 }
 

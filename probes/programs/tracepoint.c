@@ -50,14 +50,42 @@ struct chunk {
 
 BPF_PERCPU_ARRAY(chunks, struct chunk, 1);
 BPF_HASH(vmms, u32, struct vmm_state, MAX_VMS);
+BPF_ARRAY(returns, u32, 1);	/* how many threads are inside system calls whose end matters: on_sys_exit() has work */
 BPF_ARRAY(operations, u64, 2);		/* the file operations of a vCPU and of a VM, once seen */
 #define OF_VCPU	0
 #define OF_VM	1
 
+/*
+ * Where the kernel has the helpers for it, the verifier knows the types of the current task and of its registers from
+ * BTF, so they are plain loads: a third of what calls would cost.
+ */
+#ifdef BPF_TASK_PT_REGS
+/* Linux commit dd6e10fbd9fb ("bpf: Add bpf_task_pt_regs() helper") (in v5.15). */
+static char *(*registers_of)(void *task) = (void *)175;	/* BPF_FUNC_task_pt_regs */
+#endif
+
+/* What the system call was asked that the current thread is inside. */
+static inline void arguments_of_syscall(struct arguments *arguments)
+{
+#ifdef BPF_TASK_PT_REGS
+	char *registers = registers_of(bpf_get_current_task_btf());
+
+	arguments->dx = *(u64 *)(registers + OFFSET_DX);
+	arguments->si = *(u64 *)(registers + OFFSET_DX + 8);
+	arguments->di = *(u64 *)(registers + OFFSET_DX + 16);
+	arguments->orig_ax = *(u64 *)(registers + OFFSET_DX + 24);
+#else
+	/* They are at the end of its stack: kernels that put something behind them have the helper. */
+	u64 stack = read_u64(bpf_get_current_task() + OFFSET_STACK);
+
+	bpf_probe_read_kernel(arguments, sizeof(*arguments),
+			      (void *)(stack + SIZE_STACK - SIZE_PT_REGS + OFFSET_DX));
+#endif
+}
+
 static inline u64 descriptors(u32 *max)
 {
 #ifdef BPF_GET_CURRENT_TASK_BTF
-	/* The verifier knows these types from BTF, so they are plain loads: a third of what calls would cost. */
 	char *task = (char *)bpf_get_current_task_btf();
 	char *files = *(char **)(task + OFFSET_FILES);
 	char *fdt = *(char **)(files + OFFSET_FDT);
@@ -162,13 +190,63 @@ static inline int duplicated(u64 table, u64 file, u32 fd, struct vmm_state *vmm)
 	return 0;
 }
 
+/* What is known of a thread, to be filled where it is new. */
+static inline struct in_ioctl *known_of(u64 thread)
+{
+	struct in_ioctl *in = threads.lookup(&thread), new = {};
+
+	if (in)
+		return in;
+	if (threads.update(&thread, &new))
+		count(COUNT_MAP_FULL);
+	return threads.lookup(&thread);
+}
+
+static inline void await_return(struct in_ioctl *in)
+{
+	u32 zero = 0, *number = returns.lookup(&zero);
+
+	if (in->returning || !number)
+		return;
+	in->returning = 1;
+	__sync_fetch_and_add(number, 1);
+}
+
+static inline void returned(struct in_ioctl *in)
+{
+	u32 zero = 0, *number = returns.lookup(&zero);
+
+	if (!in->returning || !number)
+		return;
+	in->returning = 0;
+	__sync_fetch_and_add(number, -1);
+}
+
+/*
+ * The last descriptor of a vCPU is closed while a task is inside an ioctl of it: that ends first. What the task is inside
+ * of is noted, for its descriptor leads nowhere any more, or to another vCPU.
+ */
+static inline void end_after_ioctl(struct vcpu_state *state, u64 vcpu, u64 task)
+{
+	struct in_ioctl *in = known_of(task);
+
+	state->closing = 1;
+	if (!in)
+		return;
+	if (!in->vcpu) {
+		in->cmd = KVM_RUN;
+		in->vcpu = vcpu;
+	}
+	await_return(in);
+}
+
 /* A descriptor is about to be closed: its vCPU ends, unless another descriptor leads to it. */
 static inline void close_one(u32 pid, u32 fd)
 {
 	struct vmm_state *vmm = vmms.lookup(&pid);
 	struct vcpu_state *state;
 	u32 max = 0;
-	u64 table, file, vcpu;
+	u64 table, file, vcpu, owner;
 
 	if (!vmm || fd < vmm->low || fd > vmm->high)
 		return;
@@ -183,8 +261,9 @@ static inline void close_one(u32 pid, u32 fd)
 	if (!state || state->pid != pid || duplicated(table, file, fd, vmm))
 		return;
 	new_epoch();
-	if (read_u64(vcpu + OFFSET_MUTEX_OWNER))
-		state->closing = 1;	/* a thread is inside an ioctl and keeps it: it ends with that */
+	owner = read_u64(vcpu + OFFSET_MUTEX_OWNER);
+	if (owner)
+		end_after_ioctl(state, vcpu, owner & ~7ULL);	/* the low bits are the mutex's own */
 	else
 		end_vcpu(state, vcpu, END_CLOSED);
 }
@@ -197,41 +276,40 @@ static inline void end_vmm(u32 pid, u32 how)
 	vmms.delete(&pid);
 }
 
-static inline void ioctl_begins(struct arguments *arguments)
+static inline void ioctl_begins(void)
 {
-	u32 cmd = arguments->si, tid = bpf_get_current_pid_tgid(), cap = 0;
+	struct arguments arguments = {};
 	struct vcpu_state *state;
-	struct in_ioctl *known;
-	u64 vcpu;
+	struct in_ioctl *in;
+	u32 cmd, cap = 0;
+	u64 of;
 
-	if (cmd == KVM_RUN && OWN_ONLY) {
-		/*
-		 * The hot path. A request that only the vCPU's own ioctls raise is as it was when the last one ended, so
-		 * there is nothing to read; and the same thread's same descriptor leads where it led, unless a vCPU or a
-		 * descriptor of one has come or gone since.
-		 */
-		known = threads.lookup(&tid);
-		if (known && !known->vcpu && !known->pending && known->fd == (u32)arguments->di && known->last_vcpu &&
-		    known->epoch == current_epoch()) {
-			known->vcpu = known->last_vcpu;
-			known->cmd = cmd;
+	arguments_of_syscall(&arguments);
+	cmd = arguments.si;
+	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
+	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO)
+		return;
+	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
+		of = 0;
+	} else if (cmd == KVM_ENABLE_CAP) {
+		if (read_user(&cap, sizeof(cap), (void *)arguments.dx) || cap != KVM_CAP_X86_TRIPLE_FAULT_EVENT)
 			return;
-		}
+		of = behind_fd(arguments.di, OF_VM);
+		if (!of)
+			return;
+	} else {
+		of = vcpu_behind_fd(arguments.di);
+		state = of ? state_behind_fd(of, arguments.di) : NULL;
+		if (!state)
+			return;
+		enter_ioctl(state, of, arguments.di, cmd, arguments.dx);
 	}
-	if (cmd == KVM_ENABLE_CAP && !read_user(&cap, sizeof(cap), (void *)arguments->dx) &&
-	    cap == KVM_CAP_X86_TRIPLE_FAULT_EVENT) {
-		struct in_ioctl in = { .vcpu = behind_fd(arguments->di, OF_VM), .cmd = cmd };
-
-		if (in.vcpu && threads.update(&tid, &in))
-			count(COUNT_MAP_FULL);
+	in = known_of(this_thread());
+	if (!in)
 		return;
-	}
-	vcpu = vcpu_behind_fd(arguments->di);
-	if (!vcpu)
-		return;
-	state = state_behind_fd(vcpu, arguments->di);
-	if (state)
-		enter_ioctl(state, vcpu, arguments->di, cmd, arguments->dx);
+	in->vcpu = of;
+	in->cmd = cmd;
+	await_return(in);
 }
 
 static inline void vcpu_created(u32 fd)
@@ -249,22 +327,29 @@ static inline void vcpu_created(u32 fd)
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
+	u32 pid, number = ctx->args[1];
 	struct vmm_state *vmm;
-	u32 pid, number = ctx->args[1], closed;
+	struct in_ioctl *in;
 
-	if (number == __NR_ioctl) {
-		if (bpf_probe_read_kernel(&arguments, 24, (void *)(ctx->args[0] + OFFSET_DX)))
-			return 0;
-		if (((arguments.si >> 8) & 0xff) == KVMIO)
-			ioctl_begins(&arguments);
+	switch (number) {
+	case __NR_ioctl:
+		ioctl_begins();
+		return 0;
+	case __NR_close:
+	case __NR_close_range:
+	case __NR_dup:
+	case __NR_dup2:
+	case __NR_dup3:
+	case __NR_fcntl:
+		break;
+	default:
 		return 0;
 	}
-	if (number != __NR_close && number != __NR_close_range && number != __NR_dup2 && number != __NR_dup3)
-		return 0;
 	pid = bpf_get_current_pid_tgid() >> 32;
 	vmm = vmms.lookup(&pid);
-	if (!vmm || bpf_probe_read_kernel(&arguments, 24, (void *)(ctx->args[0] + OFFSET_DX)))
+	if (!vmm)
 		return 0;
+	arguments_of_syscall(&arguments);
 	if (number == __NR_close_range) {
 		/* Of a part of them, the end of the process will tell. */
 		if (!(arguments.dx & CLOSE_RANGE_CLOEXEC) && (u32)arguments.di <= vmm->low &&
@@ -272,60 +357,49 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 			end_vmm(pid, END_CLOSED);
 		return 0;
 	}
-	closed = arguments.di;
-	if (number != __NR_close) {
-		closed = arguments.si;		/* dup2 closes what its target was */
-		if (closed == (u32)arguments.di)
-			return 0;
+	if (number == __NR_close) {
+		close_one(pid, arguments.di);
+		return 0;
 	}
-	close_one(pid, closed);
+	if (number == __NR_fcntl && (u32)arguments.si != F_DUPFD && (u32)arguments.si != F_DUPFD_CLOEXEC)
+		return 0;
+	in = known_of(this_thread());
+	if (in)
+		await_return(in);
+	/* dup2 closes what its target was. */
+	if ((number == __NR_dup2 || number == __NR_dup3) && (u32)arguments.si != (u32)arguments.di)
+		close_one(pid, arguments.si);
 	return 0;
 }
 
-static inline void kvm_ioctl_returns(struct arguments *arguments, struct in_ioctl *known, int result)
+static inline void ioctl_returns(struct in_ioctl *in, struct arguments *arguments, int result)
 {
-	u32 cmd = arguments->si, restored = 0;
+	u32 cmd = arguments->si;
 	struct vcpu_state *state;
-	int failed;
-	u64 vcpu;
+	u64 of = in->vcpu;
 
-	if (known && known->vcpu) {
-		vcpu = known->vcpu;
-		known->vcpu = 0;
-		if (known->cmd == KVM_ENABLE_CAP) {
-			if (!result)
-				cap_set(vcpu);
-			return;
-		}
-		restored = known->payload;
-		state = vcpus.lookup(&vcpu);
-	} else if (cmd == KVM_CREATE_VCPU) {
+	in->vcpu = 0;
+	switch (cmd) {
+	case KVM_CREATE_VCPU:
 		if (result >= 0)
 			vcpu_created(result);
 		return;
-	} else if (cmd == KVM_CREATE_VM) {
-		vcpu = result >= 0 ? behind_fd(result, OF_VM) : 0;
-		if (vcpu)
-			vms.delete(&vcpu);	/* a new VM where another one was */
+	case KVM_CREATE_VM:
+		of = result >= 0 ? behind_fd(result, OF_VM) : 0;
+		if (of)
+			vms.delete(&of);	/* a new VM where another one was */
 		return;
-	} else {
-		/* It began before the tracer was there. */
-		vcpu = vcpu_behind_fd(arguments->di);
-		if (!vcpu)
-			return;
-		state = state_behind_fd(vcpu, arguments->di);
-		restored = payload(arguments->dx, 1, &failed);
+	case KVM_ENABLE_CAP:
+		if (of && !result)
+			cap_set(of);
+		return;
 	}
+	/* Of KVM_RUN on_userspace_exit() has seen the end, unless KVM refused it before it ran. */
+	state = of ? vcpus.lookup(&of) : NULL;
 	if (!state)
 		return;
-	if (cmd != KVM_RUN)
-		end_of_ioctl(state, vcpu, cmd, arguments->dx, restored, 0, result);
-	else
-		end_of_run(state, vcpu, read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_EXIT_REASON), result);
-	if (known) {
-		known->unseen = 0;
-		leave(state, vcpu, known);
-	}
+	end_of_ioctl(state, of, cmd, arguments->dx, in->payload, 0, result);
+	leave(state, of, in);
 }
 
 /* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */
@@ -333,32 +407,62 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
 	int result = ctx->args[1];
-	struct in_ioctl *known;
-	u32 pid, tid;
+	u32 pid, zero = 0, *awaited = returns.lookup(&zero);
+	struct in_ioctl *in;
+	u64 thread;
 
-	if (bpf_probe_read_kernel(&arguments, sizeof(arguments), (void *)(ctx->args[0] + OFFSET_DX)))
+	if (!awaited || !*awaited)
+		return 0;			/* the hot path, for every system call of the host */
+	thread = this_thread();
+	in = threads.lookup(&thread);
+	if (!in || !in->returning)
 		return 0;
-	switch (arguments.orig_ax) {
-	case __NR_ioctl:
-		if (((arguments.si >> 8) & 0xff) != KVMIO)
-			return 0;
-		tid = bpf_get_current_pid_tgid();
-		known = threads.lookup(&tid);
-		if (known && !known->vcpu && !known->unseen && (u32)arguments.si == KVM_RUN)
-			return 0;		/* on_userspace_exit() has seen it */
-		kvm_ioctl_returns(&arguments, known, result);
+	returned(in);
+	arguments_of_syscall(&arguments);
+	if (arguments.orig_ax == __NR_ioctl) {
+		ioctl_returns(in, &arguments, result);
 		return 0;
-	case __NR_fcntl:
-		if ((u32)arguments.si != F_DUPFD && (u32)arguments.si != F_DUPFD_CLOEXEC)
-			return 0;
-		/* fall through */
-	case __NR_dup:
-	case __NR_dup2:
-	case __NR_dup3:
-		pid = bpf_get_current_pid_tgid() >> 32;
-		if (result >= 0 && vmms.lookup(&pid) && behind_fd(result, OF_VCPU))
-			widen(pid, result);
 	}
+	pid = bpf_get_current_pid_tgid() >> 32;
+	if (result >= 0 && vmms.lookup(&pid) && behind_fd(result, OF_VCPU))
+		widen(pid, result);
+	return 0;
+}
+
+/*
+ * Raw tracepoint kvm:kvm_userspace_exit (u32 reason, int errno): right after KVM_RUN, in the same system call. It tells
+ * no vCPU: the descriptor does.
+ */
+int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
+	struct arguments arguments = {};
+	u32 reason = ctx->args[0], fd;
+	struct vcpu_state *state;
+	u64 vcpu;
+
+	arguments_of_syscall(&arguments);
+	if ((u32)arguments.si != KVM_RUN || arguments.orig_ax != __NR_ioctl)
+		return 0;			/* a 32-bit process: the plan says that it is not traced */
+	fd = arguments.di;
+	if (OWN_ONLY && in && !in->vcpu && in->fd == fd && nothing_happened(in, reason))
+		return 0;
+	if (!asked_for(bpf_get_current_pid_tgid() >> 32))
+		return 0;
+	if (in && in->vcpu) {
+		vcpu = in->vcpu;
+		in->vcpu = 0;
+		state = vcpus.lookup(&vcpu);
+	} else {
+		vcpu = vcpu_behind_fd(fd);
+		state = vcpu ? state_behind_fd(vcpu, fd) : NULL;
+		in = state ? known_of(thread) : NULL;
+	}
+	if (!state || !in)
+		return 0;
+	run_returns(state, vcpu, in, reason, ctx->args[1]);
+	in->fd = fd;
 	return 0;
 }
 
@@ -366,9 +470,14 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 signal = read_u64(ctx->args[0] + OFFSET_SIGNAL);
-	u32 tid = bpf_get_current_pid_tgid(), pid = bpf_get_current_pid_tgid() >> 32;
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u64 thread = ctx->args[0];
+	struct in_ioctl *in = threads.lookup(&thread);
 
-	threads.delete(&tid);
+	if (in) {
+		returned(in);
+		threads.delete(&thread);
+	}
 	if (!vmms.lookup(&pid) || read_u32(signal + OFFSET_LIVE))
 		return 0;				/* no VMM, or not its last thread */
 	end_vmm(pid, END_EXITED);

@@ -50,8 +50,8 @@ struct in_ioctl {
 	u64 last_ns;		/* when this thread last read its word, where the vCPU's own state was not told */
 	u32 epoch;		/* as it was then */
 	u32 pending;		/* a watched request was pending when it ended */
-	u32 unseen;		/* KVM_RUN returned whose beginning was not seen */
-	u32 unused;
+	u32 returning;		/* the end of its system call is awaited */
+	u32 unused;		/* so that neighbours in the map share no line of the cache: 128 bytes with the map's own */
 };
 
 struct vm_state {
@@ -79,7 +79,7 @@ static inline int end_unseen(struct in_ioctl *in);
 
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_HASH(vcpus, u64, struct vcpu_state, MAX_VCPUS);
-BPF_HASH(threads, u32, struct in_ioctl, MAX_THREADS);
+BPF_HASH(threads, u64, struct in_ioctl, MAX_THREADS);
 BPF_TABLE("lru_hash", u64, struct vm_state, vms, MAX_VMS);
 BPF_HASH(lost, u32, struct vcpu_loss, MAX_VCPUS);
 BPF_HASH(filter, u32, u8, 1024);
@@ -121,6 +121,16 @@ static inline void count(u32 what)
 
 	if (counter)
 		(*counter)++;		/* per CPU, and a program is not preempted by another one */
+}
+
+/* What a thread is known by: its task. On some CPUs every call of a helper is dear, and this one is needed anyway. */
+static inline u64 this_thread(void)
+{
+#ifdef BPF_GET_CURRENT_TASK_BTF
+	return (u64)bpf_get_current_task_btf();
+#else
+	return bpf_get_current_task();
+#endif
 }
 
 static inline u32 current_epoch(void)
@@ -279,6 +289,12 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
 }
 
+/* Whether the user asked for this process; a process that the tracer looks up on its behalf counts as itself. */
+static inline int asked_for(u32 pid)
+{
+	return !FILTER || filter.lookup(&pid);
+}
+
 static inline u32 vm_number(u64 kvm, u32 pid)
 {
 	struct vm_state *known = vms.lookup(&kvm), new = { .pid = pid };
@@ -301,7 +317,7 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 
 	if (looked_up && *looked_up && pid == TRACER)
 		pid = *looked_up;		/* the tracer asks on behalf of the vCPU's owner */
-	if (FILTER && !filter.lookup(&pid))
+	if (!asked_for(pid))
 		return NULL;			/* not one of the processes that the user asked for */
 	new_epoch();
 	new.number = new_number();
@@ -399,10 +415,10 @@ static inline void tell_last(struct vcpu_state *state, u64 vcpu, struct in_ioctl
 /* A thread enters an ioctl of a vCPU. */
 static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 cmd, u64 argument)
 {
-	u32 tid = bpf_get_current_pid_tgid();
+	u64 thread = this_thread();
 	struct in_ioctl *known, new = {
 		.vcpu = vcpu, .argument = argument, .cmd = cmd,
-		.fd = fd, .last_vcpu = vcpu, .epoch = current_epoch(),
+		.fd = fd, .last_vcpu = vcpu, .epoch = current_epoch(), .pending = (state->word & WATCHED) != 0,
 	};
 	u32 kind = cmd == KVM_RUN ? KIND_RUN_ENTER : KIND_IOCTL_ENTER;
 	u64 send_if = 0;
@@ -410,7 +426,7 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 
 	if (cmd == KVM_SET_VCPU_EVENTS)
 		new.payload = payload(argument, 1, &failed);
-	known = threads.lookup(&tid);
+	known = threads.lookup(&thread);
 	if (known) {
 		tell_last(state, vcpu, known);
 		if (known->vcpu && end_unseen(known)) {
@@ -423,8 +439,9 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 				lose(gap->number, bpf_ktime_get_ns());
 			}
 		}
+		new.returning = known->returning;
 		*known = new;
-	} else if (threads.update(&tid, &new)) {
+	} else if (threads.update(&thread, &new)) {
 		count(COUNT_MAP_FULL);
 		return;
 	}
@@ -467,8 +484,8 @@ static inline void end_of_run(struct vcpu_state *state, u64 vcpu, u32 reason, in
 /* Inside KVM, after a function that can explain a request: its thread's vCPU is read. */
 static inline void after(u32 site, u64 send_if)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
 	struct vcpu_state *state;
 	u64 vcpu;
 
@@ -508,40 +525,33 @@ static inline void cap_set(u64 kvm)
 #ifdef OFFSET_TRIPLE_FAULT_EVENT
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
 
-	if (FILTER && !filter.lookup(&pid))
+	if (!asked_for(pid))
 		return;
 	send_vm(bpf_ktime_get_ns(), pid, KIND_VM_CAP, read_u8(kvm + OFFSET_TRIPLE_FAULT_EVENT), vm_number(kvm, pid));
 #endif
 }
 
-/* Raw tracepoint kvm:kvm_userspace_exit (u32 reason, int errno): no vCPU, but its thread is inside KVM_RUN. */
-int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
+/*
+ * The hot path of KVM_RUN's end: when this thread's last one ended nothing was pending, no vCPU or descriptor of one has
+ * come or gone since, so this is the same vCPU; and nothing is pending now.
+ */
+static inline int nothing_happened(struct in_ioctl *in, u32 reason)
 {
-	u32 tid = bpf_get_current_pid_tgid();
-	struct in_ioctl *in = threads.lookup(&tid);
-	struct vcpu_state *state;
-	u64 vcpu;
+	if (!in->last_vcpu || in->pending || in->epoch != current_epoch() || reason == KVM_EXIT_SHUTDOWN)
+		return 0;
+	if (read_u64(in->last_vcpu + OFFSET_REQUESTS) & WATCHED)
+		return 0;
+	in->last_ns = bpf_ktime_get_ns();
+	count(COUNT_BOUNDARIES);
+	return 1;
+}
 
-	if (!in)
-		return 0;			/* attached while this thread was inside: the end of the system call is left */
-	if (!in->vcpu) {
-		in->unseen = 1;			/* its beginning was missed: likewise */
-		return 0;
-	}
-	vcpu = in->vcpu;
-	in->vcpu = 0;
-	if (OWN_ONLY && !in->pending && in->epoch == current_epoch() && ctx->args[0] != KVM_EXIT_SHUTDOWN &&
-	    !(read_u64(vcpu + OFFSET_REQUESTS) & WATCHED)) {
-		/* The hot path: nothing was pending, and nothing is. */
-		in->last_ns = bpf_ktime_get_ns();
-		count(COUNT_BOUNDARIES);
-		return 0;
-	}
-	state = vcpus.lookup(&vcpu);
-	if (!state)
-		return 0;
+/* KVM_RUN returns to user space; what its thread is known for from now on. */
+static inline void run_returns(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in, u32 reason, int error)
+{
 	tell_last(state, vcpu, in);
-	end_of_run(state, vcpu, ctx->args[0], ctx->args[1]);
+	end_of_run(state, vcpu, reason, error);
+	in->last_vcpu = vcpu;
+	in->epoch = current_epoch();
 	leave(state, vcpu, in);
-	return 0;
 }
