@@ -254,12 +254,11 @@ def _print_report(style: str, judgements: Sequence[Any]) -> None:
     from reports import document, table, text
 
     if style == "json":
-        documents = [document.document(judgement) for judgement in judgements]
-        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
+        sys.stdout.writelines(document.texts(judgements))
     elif style == "csv":
         import pandas as pd
 
-        print(table.lifecycles_csv(pd.concat([judgement.lifecycles for judgement in judgements])), end="")
+        table.write_lifecycles(pd.concat([judgement.lifecycles for judgement in judgements]), sys.stdout)
     else:
         print("\n".join(text.report(judgement, by_request(judgement.lifecycles)) for judgement in judgements), end="")
 

@@ -102,8 +102,11 @@ def judge(recording: Source) -> Judgement:
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     full = [table for table in tables if len(table)]
     joined = pd.concat(full, ignore_index=True) if full else tables[0]
+    tables.clear()  # they can be large
     time = "raised_ns" if "raised_ns" in joined else "time_ns"
-    return joined.sort_values(time, kind="stable", ignore_index=True)
+    return (
+        joined if joined[time].is_monotonic_increasing else joined.sort_values(time, kind="stable", ignore_index=True)
+    )
 
 
 def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -201,7 +201,10 @@ class _Rows:
     """The events of a batch that concern vCPUs, by vCPU and in order, beside what was known before each."""
 
     def __init__(self, events: Any, vcpus: Array) -> None:
-        column = {name: np.asarray(events[name]) for name in _COLUMNS}
+        numbers = np.asarray(events["vcpu"])
+        if isinstance(events, np.ndarray) and numbers.all() and (numbers[1:] < numbers[:-1]).any():
+            events = events.take(by_key(numbers))  # whole records: faster than column by column, below
+        column = {name: np.ascontiguousarray(events[name]) for name in _COLUMNS}
         whole = column["vcpu"] == 0
         exits = np.flatnonzero(whole & (column["kind"] == Kind.VMM_EXIT)) if whole.any() else np.empty(0, np.int64)
         own = np.flatnonzero(~whole) if whole.any() else np.arange(len(whole))
@@ -426,13 +429,15 @@ class Lifecycles:
         touched = np.flatnonzero(was_known | before | now)
         if not len(touched):
             return empty_lifecycles(), np.empty(0, _OPEN)
-        was_known, before, now = was_known[touched], before[touched], now[touched]
-        group, gap, missing, cut = group[touched], gap[touched], missing[touched], cut[touched]
-        last_ns = last_ns[touched]
-        kind, flags, detail = rows.kind[touched], rows.flags[touched], rows.detail[touched]
-        arg = rows.arg[touched]
-        time_ns, since_ns = rows.time_ns[touched].astype(np.int64), rows.since_ns[touched].astype(np.int64)
-        low = (arg & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        # In detail boundary nearly every row has the request: no copies then.
+        pick: Any = touched if len(touched) < len(now) else slice(None)
+        was_known, before, now = was_known[pick], before[pick], now[pick]
+        group, gap, missing, cut = group[pick], gap[pick], missing[pick], cut[pick]
+        last_ns = last_ns[pick]
+        kind, flags, detail = rows.kind[pick], rows.flags[pick], rows.detail[pick]
+        arg = rows.arg[pick]
+        time_ns, since_ns = rows.time_ns[pick].view(np.int64), rows.since_ns[pick].view(np.int64)
+        low = (arg & np.uint64(0xFFFFFFFF)).view(np.int64)
         succeeded = (arg >> np.uint64(32)) == 0
 
         # Instances are numbered in order: what is carried in, then one for each raise, seen or not.

@@ -7,7 +7,8 @@ carry, so that nothing which a recording may hold one day leaks by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reports.words import native
@@ -28,8 +29,41 @@ _LIFECYCLE = (
 )  # fmt: skip
 
 
+# Rows that are Python's objects at one time.
+_CHUNK = 10_000
+
+
 def document(judgement: Judgement) -> dict[str, Any]:
     """Return everything that was judged, as values that ``json.dumps`` takes."""
+    return {key: list(value) if isinstance(value, Iterator) else value for key, value in _members(judgement).items()}
+
+
+def texts(judgements: Sequence[Judgement]) -> Iterator[str]:
+    """Yield the document as JSON, part by part; of several judgements an array of documents.
+
+    Each lifecycle and each shutdown has a line of its own. However many there are, few of them are in memory.
+    """
+    several = len(judgements) != 1
+    yield "[" if several else ""
+    for place, judgement in enumerate(judgements):
+        yield ",\n" if place else ""
+        mark = "{"
+        for key, value in _members(judgement).items():
+            yield f"{mark}\n {json.dumps(key)}: "
+            mark = ","
+            if not isinstance(value, Iterator):
+                yield json.dumps(value, indent=1).replace("\n", "\n ")
+                continue
+            yield "["
+            for number, row in enumerate(value):
+                yield f"{',' if number else ''}\n  {json.dumps(row)}"
+            yield "\n ]"
+        yield "\n}"
+    yield "]\n" if several else "\n"
+
+
+def _members(judgement: Judgement) -> dict[str, Any]:
+    # The long ones are iterators.
     return {
         "schema": SCHEMA,
         "recording": {
@@ -51,11 +85,11 @@ def document(judgement: Judgement) -> dict[str, Any]:
             }
             for row in records(judgement.vms)
         ],
-        "lifecycles": [one_lifecycle(row) for row in records(judgement.lifecycles)],
-        "shutdowns": [
+        "lifecycles": (one_lifecycle(row) for row in each(judgement.lifecycles)),
+        "shutdowns": (
             {key: row[key] for key in ("vm", "pid", "vcpu", "time_ns", "source", "nested")}
-            for row in records(judgement.shutdowns)
-        ],
+            for row in each(judgement.shutdowns)
+        ),
         "summary": {str(end): int(count) for end, count in judgement.summary.items()},
         "exit_status": int(judgement.exit_status),
     }
@@ -83,6 +117,12 @@ def one_lifecycle(row: Mapping[str, Any]) -> dict[str, Any]:
         ],
         **{key: plain[key] for key in _LIFECYCLE},
     }
+
+
+def each(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield what :func:`records` returns, however long the table is."""
+    for start in range(0, len(table), _CHUNK):
+        yield from records(table.iloc[start : start + _CHUNK])
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

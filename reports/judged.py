@@ -141,8 +141,7 @@ def vmm(name: object) -> str:
 
 def ranked(lifecycles: pd.DataFrame) -> pd.DataFrame:
     """Return the lifecycles with those that need an operator first, then in order of time."""
-    order = lifecycles.assign(rank=_rank(lifecycles)).sort_values(["rank", "raised_ns"], kind="stable")
-    return order.drop(columns="rank")
+    return lifecycles.iloc[np.lexsort((lifecycles["raised_ns"], _rank(lifecycles)))]
 
 
 def needs_action(lifecycles: pd.DataFrame) -> pd.Series[bool]:

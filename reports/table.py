@@ -7,10 +7,9 @@ columns.
 from __future__ import annotations
 
 import csv
-import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from reports.document import records
+from reports.document import each
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,13 +20,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def lifecycles_csv(lifecycles: pd.DataFrame) -> str:
-    """Return the lifecycles as CSV with a heading; ``ended_ns`` is empty where a request has not ended."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def write_lifecycles(lifecycles: pd.DataFrame, out: TextIO) -> None:
+    """Write the lifecycles as CSV with a heading; ``ended_ns`` is empty where a request has not ended."""
+    writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for row in records(lifecycles[list(COLUMNS)]):
+    for row in each(lifecycles[list(COLUMNS)]):
         if row["ended_ns"] is not None and row["ended_ns"] < 0:
             row["ended_ns"] = None
         writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
-    return text.getvalue()

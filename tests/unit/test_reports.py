@@ -277,6 +277,13 @@ def everything() -> Any:
     )
 
 
+def csv_of(lifecycles: pd.DataFrame) -> str:
+    """Return what is written as CSV."""
+    out = io.StringIO()
+    table.write_lifecycles(lifecycles, out)
+    return out.getvalue()
+
+
 def source(judgement: Any) -> html.Source:
     """Return a judgement as the page takes it."""
     return html.Source(judgement, latency(judgement), tell)
@@ -331,6 +338,19 @@ def test_one_lifecycle_is_the_same_in_the_document_and_in_the_stream() -> None:
     assert rows[0]["raised_ns"] == [START_NS + 1_000_000_000 - 100_000, START_NS + 1_000_000_000]
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_the_text_is_the_document(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """One judgement is a document, several are an array; a lifecycle has a line; chunks do not show."""
+    monkeypatch.setattr(document, "_CHUNK", 3)
+    found = everything()
+    text = "".join(document.texts([found] * number))
+    whole = document.document(found)
+    assert json.loads(text) == (whole if number == 1 else [whole] * number)
+    if number:
+        line = next(line for line in text.splitlines() if '"raised_by"' in line)
+        assert json.loads(line.removesuffix(",")) == whole["lifecycles"][0]
+
+
 def test_missing_values_are_null() -> None:
     """NaN is no JSON, and pandas has four ways to say missing."""
     assert [words.native(value) for value in (np.nan, pd.NA, pd.NaT, None, np.int64(3), np.bool_(True))] == [
@@ -350,13 +370,13 @@ def test_nothing_that_the_contract_does_not_name_gets_out() -> None:
 def test_csv_has_stable_columns_and_the_numbers_of_the_table() -> None:
     """One row for each lifecycle; what has not ended has no end."""
     found = everything()
-    rows = list(csv.DictReader(io.StringIO(table.lifecycles_csv(found.lifecycles))))
+    rows = list(csv.DictReader(io.StringIO(csv_of(found.lifecycles))))
     assert tuple(rows[0]) == table.COLUMNS
     assert [row["end"] for row in rows] == list(found.lifecycles["end"])
     assert [row["ended_ns"] for row in rows if row["end"] == "open"] == [""]
     assert rows[0]["stale"] == "false"
     assert [int(row["userspace_exits"]) for row in rows] == list(found.lifecycles["userspace_exits"])
-    assert table.lifecycles_csv(frame(LIFECYCLE, [])) == ",".join(table.COLUMNS) + "\n"
+    assert csv_of(frame(LIFECYCLE, [])) == ",".join(table.COLUMNS) + "\n"
 
 
 # --- the terminal -------------------------------------------------------------------------------------------
