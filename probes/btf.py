@@ -135,6 +135,13 @@ class Btf:
             return False
         return True
 
+    def function(self, name: str) -> int:
+        """Return the number that the kernel's BTF gives to a function.
+
+        Raises :class:`MissingField` when it has none of that name.
+        """
+        return self._find(name, _FUNC)
+
     def arguments(self, tracepoint: str) -> tuple[str, ...]:
         """Return the names of the types of a raw tracepoint's arguments: ``("kvm_vcpu *", "bool")``.
 

@@ -7,7 +7,7 @@ version; ``doctor`` prints it, the recording carries it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -20,6 +20,8 @@ class Via(StrEnum):
     RAW_TRACEPOINT = "raw_tracepoint"
     KPROBE = "kprobe"
     KRETPROBE = "kretprobe"
+    FENTRY = "fentry"
+    FEXIT = "fexit"
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,15 @@ KPROBE_BLIND = (
     ),
 )
 
+# The same functions through trampolines: cheaper, and no end of a function is missed.
+_TRAMPOLINES = {Via.KPROBE: Via.FENTRY, Via.KRETPROBE: Via.FEXIT}
+FENTRY = tuple(replace(hook, via=_TRAMPOLINES.get(hook.via, hook.via)) for hook in KPROBE)
+FENTRY_BLIND = KPROBE_BLIND
+
 HOOKS: Mapping[str, tuple[tuple[Hook, ...], tuple[Blind, ...]]] = {
     "tracepoint": (TRACEPOINT, TRACEPOINT_BLIND),
     "kprobe": (KPROBE, KPROBE_BLIND),
+    "fentry": (FENTRY, FENTRY_BLIND),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from probes import schema
 from probes.btf import Btf, MissingField
-from probes.plan import Plan
+from probes.plan import Hook, Plan, Via
 from probes.requests import TRIPLE_FAULT
 
 # Every field that the programs read: the constant, the field, and whether the programs can do without it.
@@ -82,15 +82,31 @@ def offsets(btf: Btf) -> dict[str, int]:
     return found
 
 
-def source(plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Mapping[str, int]) -> str:
+# The file of each engine's programs.
+_FILES = {"tracepoint": "tracepoint.c", "kprobe": "functions.c", "fentry": "functions.c"}
+# How BCC finds out from the name of a program where it belongs: PREFIX__MODULE__FUNCTION.
+_PREFIXES = {Via.FENTRY: "kfunc", Via.FEXIT: "kretfunc"}
+
+
+def name(hook: Hook, modules: Mapping[str, str]) -> str:
+    """Return the name of a hook's program; ``modules`` tells in which module a function is."""
+    if hook.via not in _PREFIXES:
+        return hook.program
+    return f"{_PREFIXES[hook.via]}__{modules[hook.target]}__{hook.target}"
+
+
+def source(
+    plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Mapping[str, int], modules: Mapping[str, str]
+) -> str:
     """Return the C source of a plan's programs.
 
     ``found`` is what :func:`offsets` gave; ``symbols`` holds the addresses of ``kvm_vcpu_ioctl`` and ``kvm_vm_ioctl``,
-    by which the tracepoint engine knows a vCPU's file from another one.
+    by which the tracepoint engine knows a vCPU's file from another one; ``modules`` tells where the functions are.
     """
     constants = {
         "WATCHED": f"{settings.watched:#x}ULL",
         "FULL": str(int(settings.full)),
+        "FENTRY": str(int(plan.engine == "fentry")),
         "FILTER": str(int(settings.filtered)),
         "TRACER": str(os.getpid()),
         "CPUS": str(settings.cpus),
@@ -105,6 +121,11 @@ def source(plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Ma
         **{name: str(offset) for name, offset in found.items()},
     }
     sites = [f"SITE({hook.target}, SITE_{hook.site.name})" for hook in plan.attachable if hook.site is not None]
+    trampolines = [
+        f"int {name(hook, modules)}(u64 *ctx)\n{{\n\treturn {hook.program}(ctx);\n}}"
+        for hook in plan.attachable
+        if hook.via in _PREFIXES
+    ]
     programs = files("probes").joinpath("programs")
     return "\n".join(
         (
@@ -112,8 +133,9 @@ def source(plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Ma
             schema.c_constants(),
             schema.c_struct(),
             programs.joinpath("vcpu.c").read_text(),
-            programs.joinpath(f"{plan.engine}.c").read_text(),
+            programs.joinpath(_FILES[plan.engine]).read_text(),
             *sites,
+            *trampolines,
         )
     )
 

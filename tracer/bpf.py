@@ -24,6 +24,7 @@ from probes.plan import Hook, Plan, Via
 from probes.schema import EVENT
 from tracer import host
 from tracer.errors import CannotTrace
+from tracer.fentry import no_fentry
 from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
 
@@ -63,13 +64,15 @@ class Choice:
 
 def choices() -> list[Choice]:
     """Return every BPF engine, the best first, each with its plan or the reason why it cannot work here."""
-    return [_choice("kprobe"), _choice("tracepoint")]
+    return [_choice("fentry"), _choice("kprobe"), _choice("tracepoint")]
 
 
 def _choice(engine: str) -> Choice:
     reason = host.not_allowed() or host.no_btf()
     if reason is None and engine == "kprobe":
         reason = host.no_kprobes()
+    if reason is None and engine == "fentry":
+        reason = no_fentry()
     if reason is not None:
         return Choice(engine, None, reason)
     hooks = plans.HOOKS[engine][0]
@@ -109,6 +112,17 @@ def _why(error: BaseException, printed: str) -> str:
     return f"{error}: {(telling or lines)[-1]}" if lines else str(error)
 
 
+def _bpf_class() -> Any:
+    """Return BCC's class, without its habit of attaching what has certain names: the plan decides when."""
+    from bcc import BPF
+
+    class Unattached(BPF):  # type: ignore[misc]
+        def _trace_autoload(self) -> None:
+            pass
+
+    return Unattached
+
+
 class Engine:
     """Programs attached to the running kernel, and what they have to say.
 
@@ -119,6 +133,7 @@ class Engine:
     def __init__(self, plan: Plan, settings: program.Settings, pids: Iterable[int] = ()) -> None:
         self.plan = plan
         self.settings = settings
+        self._modules = host.modules(hook.target for hook in plan.attachable) if plan.engine == "fentry" else {}
         try:
             with Btf("kvm") as btf:
                 found = program.offsets(btf)
@@ -128,13 +143,11 @@ class Engine:
             ) from error
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
         host.forget_addresses()
-        text = program.source(plan, settings, found, symbols)
+        text = program.source(plan, settings, found, symbols, self._modules)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
         with _stderr_kept() as printed:
             try:
-                from bcc import BPF
-
-                self._bpf: Any = BPF(text=text.encode(), cflags=_CFLAGS)
+                self._bpf: Any = _bpf_class()(text=text.encode(), cflags=_CFLAGS)
             except Exception as error:
                 # BCC raises Exception itself, for everything.
                 raise CannotTrace(
@@ -172,13 +185,18 @@ class Engine:
 
     def _attach(self, hook: Hook) -> None:
         # BCC warns of names that are no bytes.
-        target, fn_name = hook.target.encode(), hook.program.encode()
-        if hook.via is Via.RAW_TRACEPOINT:
-            self._bpf.attach_raw_tracepoint(tp=target, fn_name=fn_name)
-        elif hook.via is Via.KPROBE:
-            self._bpf.attach_kprobe(event=target, fn_name=fn_name)
-        else:
-            self._bpf.attach_kretprobe(event=target, fn_name=fn_name)
+        target, fn_name = hook.target.encode(), program.name(hook, self._modules).encode()
+        match hook.via:
+            case Via.RAW_TRACEPOINT:
+                self._bpf.attach_raw_tracepoint(tp=target, fn_name=fn_name)
+            case Via.KPROBE:
+                self._bpf.attach_kprobe(event=target, fn_name=fn_name)
+            case Via.KRETPROBE:
+                self._bpf.attach_kretprobe(event=target, fn_name=fn_name)
+            case Via.FENTRY:
+                self._bpf.attach_kfunc(fn_name=fn_name)
+            case Via.FEXIT:
+                self._bpf.attach_kretfunc(fn_name=fn_name)
 
     def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
         """Return the events that are in the ring, ``most`` at the most."""
@@ -249,6 +267,10 @@ class Engine:
         """
         for name in reversed(list(self._bpf.kprobe_fds)):
             self._bpf.detach_kprobe_event(name)
+        for name in reversed(list(self._bpf.kfunc_entry_fds)):
+            self._bpf.detach_kfunc(name)
+        for name in reversed(list(self._bpf.kfunc_exit_fds)):
+            self._bpf.detach_kretfunc(name)
         for name in reversed(list(self._bpf.raw_tracepoint_fds)):
             self._bpf.detach_raw_tracepoint(tp=name)
 

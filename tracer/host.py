@@ -133,6 +133,14 @@ def addresses(names: Iterable[str]) -> dict[str, int]:
     return {match[2].decode(): int(match[1], 16) for match in re.finditer(pattern, text, re.MULTILINE)}
 
 
+def modules(names: Iterable[str]) -> dict[str, str]:
+    """Return the module of each of those kernel functions that exist: ``vmlinux`` for what is built in."""
+    wanted = set(names)
+    pattern = rb"^[0-9a-f]+ [tT] (" + b"|".join(re.escape(name.encode()) for name in wanted) + rb")(?:\t\[(\w+)\])?$"
+    found = re.finditer(pattern, _kallsyms(), re.MULTILINE)
+    return {match[1].decode(): (match[2] or b"vmlinux").decode() for match in found}
+
+
 def tracepoints(names: Iterable[str]) -> set[str]:
     """Return those tracepoints that a raw tracepoint program can be attached to.
 

@@ -1,9 +1,24 @@
 /*
- * The kprobe engine: kprobes on KVM's own functions, which are given the vCPU.
+ * The engines kprobe and fentry: programs on KVM's own functions, which are given the vCPU.
  *
  * A kretprobe can miss returns of a function that blocks, and BPF is not told, so none is set on KVM_RUN: its end is the
  * tracepoint kvm_userspace_exit. Those that are used sit on functions that do not block.
+ *
+ * FENTRY: the programs are called through trampolines, which hand over an array of the arguments and, at the end of a
+ * function, what it returned behind them. Each is then called by a program that BCC finds by its name.
  */
+
+#if FENTRY
+#define PROGRAM		static inline int
+#define CONTEXT		u64
+#define ARGUMENT(n)	ctx[(n) - 1]
+#define RESULT(after)	ctx[after]	/* that function has so many arguments */
+#else
+#define PROGRAM		int
+#define CONTEXT		struct pt_regs
+#define ARGUMENT(n)	PT_REGS_PARM##n(ctx)
+#define RESULT(after)	PT_REGS_RC(ctx)
+#endif
 
 static inline int end_unseen(struct in_ioctl *in)
 {
@@ -18,11 +33,11 @@ static inline struct vcpu_state *state_of(u64 vcpu)
 }
 
 /* long kvm_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg) */
-int on_kvm_vcpu_ioctl(struct pt_regs *ctx)
+PROGRAM on_kvm_vcpu_ioctl(CONTEXT *ctx)
 {
-	u64 vcpu = read_u64(PT_REGS_PARM1(ctx) + OFFSET_F_OP + OFFSET_PRIVATE_DATA);
+	u64 vcpu = read_u64(ARGUMENT(1) + OFFSET_F_OP + OFFSET_PRIVATE_DATA);
 	u64 thread = this_thread();
-	u32 cmd = PT_REGS_PARM2(ctx);
+	u32 cmd = ARGUMENT(2);
 	struct in_ioctl *in;
 	struct vcpu_state *state;
 
@@ -37,7 +52,7 @@ int on_kvm_vcpu_ioctl(struct pt_regs *ctx)
 	}
 	state = vcpu ? state_of(vcpu) : NULL;
 	if (state)
-		enter_ioctl(state, vcpu, 0, cmd, PT_REGS_PARM3(ctx));
+		enter_ioctl(state, vcpu, 0, cmd, ARGUMENT(3));
 	return 0;
 }
 
@@ -63,7 +78,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */
-int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
+PROGRAM after_kvm_arch_vcpu_ioctl(CONTEXT *ctx)
 {
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
@@ -77,19 +92,19 @@ int after_kvm_arch_vcpu_ioctl(struct pt_regs *ctx)
 	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return 0;
-	end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, in->told, PT_REGS_RC(ctx));
+	end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, in->told, RESULT(3));
 	leave(state, vcpu, in);
 	return 0;
 }
 
 /* int kvm_vcpu_ioctl_x86_{get,set}_vcpu_events(struct kvm_vcpu *vcpu, struct kvm_vcpu_events *events): entry */
-int on_vcpu_events(struct pt_regs *ctx)
+PROGRAM on_vcpu_events(CONTEXT *ctx)
 {
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
 
 	if (in)
-		in->events = PT_REGS_PARM2(ctx);
+		in->events = ARGUMENT(2);
 	return 0;
 }
 
@@ -123,29 +138,29 @@ static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
 	send(state, &reading, kind, cmd | (u64)(u32)error << 32, passed, flags | live_flags(state, vcpu));
 }
 
-int after_get_vcpu_events(struct pt_regs *ctx)
+PROGRAM after_get_vcpu_events(CONTEXT *ctx)
 {
 	after_vcpu_events(KIND_SAVE, KVM_GET_VCPU_EVENTS, 0);	/* a void function: it cannot fail */
 	return 0;
 }
 
-int after_set_vcpu_events(struct pt_regs *ctx)
+PROGRAM after_set_vcpu_events(CONTEXT *ctx)
 {
-	after_vcpu_events(KIND_RESTORE, KVM_SET_VCPU_EVENTS, PT_REGS_RC(ctx));
+	after_vcpu_events(KIND_RESTORE, KVM_SET_VCPU_EVENTS, RESULT(2));
 	return 0;
 }
 
 /* int kvm_arch_vcpu_create(struct kvm_vcpu *vcpu) */
-int on_kvm_arch_vcpu_create(struct pt_regs *ctx)
+PROGRAM on_kvm_arch_vcpu_create(CONTEXT *ctx)
 {
-	created(PT_REGS_PARM1(ctx));
+	created(ARGUMENT(1));
 	return 0;
 }
 
 /* void kvm_arch_vcpu_destroy(struct kvm_vcpu *vcpu): in whichever task drops the last reference */
-int on_kvm_arch_vcpu_destroy(struct pt_regs *ctx)
+PROGRAM on_kvm_arch_vcpu_destroy(CONTEXT *ctx)
 {
-	u64 vcpu = PT_REGS_PARM1(ctx);
+	u64 vcpu = ARGUMENT(1);
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
 
 	if (!state)
@@ -156,26 +171,26 @@ int on_kvm_arch_vcpu_destroy(struct pt_regs *ctx)
 }
 
 /* void kvm_destroy_vm(struct kvm *kvm) */
-int on_kvm_destroy_vm(struct pt_regs *ctx)
+PROGRAM on_kvm_destroy_vm(CONTEXT *ctx)
 {
-	u64 kvm = PT_REGS_PARM1(ctx);
+	u64 kvm = ARGUMENT(1);
 
 	vms.delete(&kvm);
 	return 0;
 }
 
 /* int kvm_vm_ioctl_enable_cap(struct kvm *kvm, struct kvm_enable_cap *cap) */
-int on_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
+PROGRAM on_kvm_vm_ioctl_enable_cap(CONTEXT *ctx)
 {
-	struct in_ioctl in = { .vcpu = PT_REGS_PARM1(ctx), .cmd = KVM_ENABLE_CAP };
+	struct in_ioctl in = { .vcpu = ARGUMENT(1), .cmd = KVM_ENABLE_CAP };
 	u64 thread = this_thread();
 
-	if (read_u32(PT_REGS_PARM2(ctx)) == KVM_CAP_X86_TRIPLE_FAULT_EVENT && threads.update(&thread, &in))
+	if (read_u32(ARGUMENT(2)) == KVM_CAP_X86_TRIPLE_FAULT_EVENT && threads.update(&thread, &in))
 		count(COUNT_MAP_FULL);
 	return 0;
 }
 
-int after_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
+PROGRAM after_kvm_vm_ioctl_enable_cap(CONTEXT *ctx)
 {
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
@@ -185,15 +200,15 @@ int after_kvm_vm_ioctl_enable_cap(struct pt_regs *ctx)
 		return 0;
 	kvm = in->vcpu;
 	in->vcpu = 0;
-	if (!PT_REGS_RC(ctx))
+	if (!(int)RESULT(2))
 		cap_set(kvm);
 	return 0;
 }
 
 /* void kvm_vcpu_reset(struct kvm_vcpu *vcpu, bool init_event) */
-int on_kvm_vcpu_reset(struct pt_regs *ctx)
+PROGRAM on_kvm_vcpu_reset(CONTEXT *ctx)
 {
-	u64 vcpu = PT_REGS_PARM1(ctx);
+	u64 vcpu = ARGUMENT(1);
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
 
 	if (state)
@@ -212,7 +227,7 @@ int on_thread_exit(struct bpf_raw_tracepoint_args *ctx)
 
 /* The plan makes one program of this for each function after which the word tells who raised or took a request. */
 #define SITE(function, meaning)				\
-	int after_##function(struct pt_regs *ctx)	\
+	PROGRAM after_##function(CONTEXT *ctx)	\
 	{						\
 		after(meaning, 0);			\
 		return 0;				\
