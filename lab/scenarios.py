@@ -689,10 +689,14 @@ def pending_bad_registers(stage: Stage) -> None:
     """
     with stage.guest() as vcpu:
         raise_by_mce(vcpu)
-        vcpu.kvm_run.kvm_valid_regs = 1 << 63
+        vcpu.kvm_run.kvm_valid_regs = _UNKNOWN_REGISTERS
         _refused(errno.EINVAL, vcpu.run)
         vcpu.kvm_run.kvm_valid_regs = 0
         shut_down(vcpu)
+
+
+# Far from KVM_SYNC_X86_VALID_FIELDS; Linux 6.12 takes bits above this one without a word: seen by this scenario.
+_UNKNOWN_REGISTERS = 1 << 31
 
 
 @_scenario(
