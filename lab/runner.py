@@ -74,7 +74,7 @@ class Run:
 def runnable() -> list[tuple[Scenario, str | None]]:
     """Return every scenario, with the reason why this host cannot run it, or None.
 
-    Asks KVM for its capabilities and does nothing else: a trace of it is empty.
+    Asks KVM and the kernel what they can do, and makes no VM: a trace of it is empty.
     """
     try:
         with Kvm() as kvm:
