@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -292,8 +293,9 @@ def demo(arguments: argparse.Namespace) -> int:
 
     from analysis.judge import judge, story
     from analysis.latency import by_request
-    from lab import runner
-    from reports import html, text
+    from lab import check, runner
+    from probes.plan import tells
+    from reports import document, html, text
     from tracer.recorder import Recorder, Wish
     from tracer.recording import Recording
 
@@ -302,7 +304,7 @@ def demo(arguments: argparse.Namespace) -> int:
     recorder = Recorder(path, Wish(engine=arguments.engine))
     recorder.start()
     note(f"tracing with the {recorder.plan.engine} engine into {path}")
-    runs: list[tuple[str, int]] = []
+    runs: list[runner.Run] = []
     try:
         recorder.poll(0)
         for scenario, reason in runner.runnable():
@@ -311,20 +313,8 @@ def demo(arguments: argparse.Namespace) -> int:
             if reason is not None:
                 note(f"{scenario.name}: cannot run here: {reason}")
                 continue
-            runs.append((scenario.name, time.clock_gettime_ns(time.CLOCK_MONOTONIC)))
             note(f"{scenario.name}: {scenario.title}")
-            child = subprocess.Popen(
-                [sys.executable, "-m", "lab", "run", scenario.name],
-                stdout=subprocess.DEVNULL,
-                cwd=Path(__file__).resolve().parent,
-            )
-            while child.poll() is None:
-                recorder.poll(0.01)
-            if child.returncode:
-                raise KvmreqError(
-                    f"the scenario {scenario.name} failed with status {child.returncode}",
-                    hint=f"kvmreq lab run {scenario.name} runs it alone",
-                )
+            runs.append(runner.Run.from_json(_traced(scenario.name, recorder)))
     finally:
         recorder.stop()
     recording = Recording.open(path)
@@ -332,31 +322,34 @@ def demo(arguments: argparse.Namespace) -> int:
     print(text.report(judgement, by_request(judgement.lifecycles)), end="")
     page = path / "report.html"
     html.write(page, [html.Source(judgement, by_request(judgement.lifecycles), bound(story, recording))])
-    wrong = _unexpected(judgement, runs)
+    seen, told = document.document(judgement), tells(recorder.plan.as_json())
+    wrong = {run.scenario: check.differences(seen, run, told) for run in runs}
+    right = [name for name, lines in wrong.items() if not lines]
     print()
-    print(f"{len(runs) - len(wrong)} of {len(runs)} scenarios got the verdict that they must get; report: {page}")
-    for line in wrong:
-        note(line)
-    return EXIT_ERROR if wrong else 0
+    print(f"{len(right)} of {len(runs)} scenarios got the verdict that they must get; report: {page}")
+    for lines in wrong.values():
+        for line in lines:
+            note(line)
+    return 0 if len(right) == len(runs) else EXIT_ERROR
 
 
-def _unexpected(judgement: Any, runs: Sequence[tuple[str, int]]) -> list[str]:
-    """Return what differs from what the scenarios must give; which run a VM belongs to is told by when it began."""
-    from lab.scenarios import SCENARIOS
-
-    wrong = []
-    begins = [began for _, began in runs] + [2**63]
-    first = judgement.vms.set_index("vm")["first_ns"]
-    began = judgement.lifecycles["vm"].map(first)
-    for (name, begin), end in zip(runs, begins[1:], strict=True):
-        rows = judgement.lifecycles[(began >= begin) & (began < end)]
-        expected = SCENARIOS[name].expect
-        keys = set.intersection(*(set(one) for one in expected)) - {"vm"} if expected else {"end"}
-        seen = sorted(str([row[key] for key in sorted(keys)]) for row in rows.to_dict("records"))
-        must = sorted(str([one[key] for key in sorted(keys)]) for one in map(dict, expected))
-        if seen != must:
-            wrong.append(f"{name}: {sorted(keys)} should be {must}, and is {seen}")
-    return wrong
+def _traced(name: str, recorder: Any) -> str:
+    """Run a scenario in a process of its own while the recorder works; return what that tells of it."""
+    with tempfile.TemporaryFile("w+") as told:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lab", "run", name, "--json"],
+            stdout=told,
+            cwd=Path(__file__).resolve().parent,
+        )
+        while child.poll() is None:
+            recorder.poll(0.01)
+        if child.returncode:
+            raise KvmreqError(
+                f"the scenario {name} failed with status {child.returncode}",
+                hint=f"kvmreq lab run {name} runs it alone",
+            )
+        told.seek(0)
+        return told.read()
 
 
 def _examples(*lines: str) -> str:

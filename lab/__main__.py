@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lab.child import HELD, READY
 from lab.kvm import LabError
-from lab.runner import run, runnable
+from lab.runner import Run, run_and_tell, runnable
 from lab.scenarios import SCENARIOS
 
 
@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="every scenario, what becomes of the request, and what this host lacks for it")
-    one = verbs.add_parser("run", help="run a scenario")
-    one.add_argument("name", help="a scenario, as listed")
+    one = verbs.add_parser("run", help="run scenarios, one after the other")
+    one.add_argument("names", nargs="+", metavar="NAME", help="a scenario, as listed")
     one.add_argument("--repeat", type=int, default=1, metavar="N", help="run it N times in a row")
     one.add_argument("--vms", type=int, default=1, metavar="N", help="run N of it at once, in threads")
     one.add_argument(
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"where it can, stand still for so long; print '{HELD}' there",
     )
+    one.add_argument("--json", action="store_true", help="tell of each as a lab.runner.Run, one a line")
     one.add_argument("--wait", action="store_true", help=f"print '{READY}', then begin at the end of standard input")
     return parser
 
@@ -61,17 +62,24 @@ def _run(parsed: argparse.Namespace) -> None:
             print(HELD, flush=True)
             time.sleep(parsed.hold)
 
-    if parsed.hold and parsed.name in SCENARIOS and not SCENARIOS[parsed.name].held:
-        raise LabError(f"{parsed.name} has no place to stand still in", hint="open and exposed have")
+    restless = [name for name in parsed.names if name in SCENARIOS and not SCENARIOS[name].held]
+    if parsed.hold and restless:
+        can = ", ".join(scenario.name for scenario in SCENARIOS.values() if scenario.held)
+        raise LabError(f"{restless[0]} has no place to stand still in", hint=f"{can} have")
     if parsed.wait:
         print(READY, flush=True)
         sys.stdin.read()
-    begun_ns = time.monotonic_ns()
-    truth = run(parsed.name, parsed.repeat, parsed.vms, hold)
-    milliseconds = (time.monotonic_ns() - begun_ns) / 1_000_000
+    for name in parsed.names:
+        done = run_and_tell(name, parsed.repeat, parsed.vms, hold)
+        print(done.as_json() if parsed.json else _words(done), flush=True)
+
+
+def _words(run: Run) -> str:
+    truth = run.truth()
     ends = [one["end"] for one in truth.lifecycles]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)) or "no request"
-    print(f"{parsed.name}: {counts}; {len(truth.shutdowns)} shutdown exits; {milliseconds:.1f} ms")
+    milliseconds = (run.end_ns - run.begin_ns) / 1_000_000
+    return f"{run.scenario}: {counts}; {len(truth.shutdowns)} shutdown exits; {milliseconds:.1f} ms"
 
 
 if __name__ == "__main__":

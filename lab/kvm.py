@@ -167,6 +167,45 @@ class KvmUserspaceMemoryRegion(ctypes.Structure):
     ]
 
 
+class KvmCpuidEntry2(ctypes.Structure):
+    """struct kvm_cpuid_entry2."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")),
+        ("padding", ctypes.c_uint32 * 3),
+    ]
+
+
+class KvmCpuid2(ctypes.Structure):
+    """struct kvm_cpuid2, which ends in an array of any length."""
+
+    _fields_ = [("nent", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("entries", KvmCpuidEntry2 * 0)]
+
+
+# KVM_MAX_CPUID_ENTRIES of new kernels; KVM_GET_SUPPORTED_CPUID cuts it down to its own.
+_CPUID_ENTRIES = 256
+
+
+class _Cpuid(KvmCpuid2):
+    _fields_ = [("room", KvmCpuidEntry2 * _CPUID_ENTRIES)]
+
+
+class _GuestDebugArch(ctypes.Structure):
+    _fields_ = [("debugreg", ctypes.c_uint64 * 8)]
+
+
+class KvmGuestDebug(ctypes.Structure):
+    """struct kvm_guest_debug."""
+
+    _fields_ = [("control", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("arch", _GuestDebugArch)]
+
+
+class KvmDirtyGfn(ctypes.Structure):
+    """struct kvm_dirty_gfn: a page that the guest has written to, in the ring of its vCPU."""
+
+    _fields_ = [("flags", ctypes.c_uint32), ("slot", ctypes.c_uint32), ("offset", ctypes.c_uint64)]
+
+
 class KvmEnableCap(ctypes.Structure):
     """struct kvm_enable_cap."""
 
@@ -244,7 +283,7 @@ class KvmRun(ctypes.Structure):
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-# _IO, _IOR and _IOW of uapi asm-generic/ioctl.h, with KVMIO as their type.
+# _IO, _IOR, _IOW and _IOWR of uapi asm-generic/ioctl.h, with KVMIO as their type.
 def _io(number: int, size: int = 0, direction: int = 0) -> int:
     return direction << 30 | size << 16 | 0xAE << 8 | number
 
@@ -257,6 +296,10 @@ def _ior(number: int, struct: type[ctypes.Structure]) -> int:
     return _io(number, ctypes.sizeof(struct), 2)
 
 
+def _iowr(number: int, struct: type[ctypes.Structure]) -> int:
+    return _io(number, ctypes.sizeof(struct), 3)
+
+
 class Ioctl(IntEnum):
     """The ioctls that the lab uses."""
 
@@ -264,6 +307,7 @@ class Ioctl(IntEnum):
     KVM_CREATE_VM = _io(0x01)
     KVM_CHECK_EXTENSION = _io(0x03)
     KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+    KVM_GET_SUPPORTED_CPUID = _iowr(0x05, KvmCpuid2)
     KVM_CREATE_VCPU = _io(0x41)
     KVM_SET_USER_MEMORY_REGION = _iow(0x46, KvmUserspaceMemoryRegion)
     KVM_SET_TSS_ADDR = _io(0x47)
@@ -273,13 +317,16 @@ class Ioctl(IntEnum):
     KVM_SET_REGS = _iow(0x82, KvmRegs)
     KVM_GET_SREGS = _ior(0x83, KvmSregs)
     KVM_SET_SREGS = _iow(0x84, KvmSregs)
+    KVM_SET_CPUID2 = _iow(0x90, KvmCpuid2)
     KVM_GET_MP_STATE = _ior(0x98, KvmMpState)
     KVM_SET_MP_STATE = _iow(0x99, KvmMpState)
+    KVM_SET_GUEST_DEBUG = _iow(0x9B, KvmGuestDebug)
     KVM_X86_SETUP_MCE = _iow(0x9C, ctypes.c_uint64)
     KVM_X86_SET_MCE = _iow(0x9E, KvmX86Mce)
     KVM_GET_VCPU_EVENTS = _ior(0x9F, KvmVcpuEvents)
     KVM_SET_VCPU_EVENTS = _iow(0xA0, KvmVcpuEvents)
     KVM_ENABLE_CAP = _iow(0xA3, KvmEnableCap)
+    KVM_RESET_DIRTY_RINGS = _io(0xC7)
 
 
 class Cap(IntEnum):
@@ -287,9 +334,13 @@ class Cap(IntEnum):
 
     KVM_CAP_IRQCHIP = 0
     KVM_CAP_MP_STATE = 14
+    KVM_CAP_SET_GUEST_DEBUG = 23
     KVM_CAP_MCE = 31
     KVM_CAP_SYNC_REGS = 74
+    KVM_CAP_X86_SMM = 117
+    KVM_CAP_MULTI_ADDRESS_SPACE = 118
     KVM_CAP_IMMEDIATE_EXIT = 136
+    KVM_CAP_DIRTY_LOG_RING = 192
     KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 
 
@@ -297,12 +348,14 @@ class Exit(IntEnum):
     """The exit reasons that a scenario expects or explains."""
 
     KVM_EXIT_IO = 2
+    KVM_EXIT_DEBUG = 4
     KVM_EXIT_HLT = 5
     KVM_EXIT_MMIO = 6
     KVM_EXIT_SHUTDOWN = 8
     KVM_EXIT_FAIL_ENTRY = 9
     KVM_EXIT_INTR = 10
     KVM_EXIT_INTERNAL_ERROR = 17
+    KVM_EXIT_DIRTY_RING_FULL = 31
 
 
 class MpState(IntEnum):
@@ -312,8 +365,20 @@ class MpState(IntEnum):
     KVM_MP_STATE_HALTED = 3
 
 
-# kvm_vcpu_events.flags; Linux commit ed2351174e38, as above.
+# kvm_vcpu_events.flags. The last one: Linux commit ed2351174e38, as above.
+KVM_VCPUEVENT_VALID_SMM = 0x08
 KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
+
+KVM_GUESTDBG_ENABLE = 1
+KVM_GUESTDBG_SINGLESTEP = 2
+KVM_INTERNAL_ERROR_EMULATION = 1
+KVM_EXIT_IO_IN = 0
+
+# The dirty ring: where a vCPU's fd maps it, in pages, and what KVM and the VMM say of its entries.
+KVM_MEM_LOG_DIRTY_PAGES = 1
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+KVM_DIRTY_GFN_F_DIRTY = 1
+KVM_DIRTY_GFN_F_RESET = 2
 
 KVM_API_VERSION = 12
 
@@ -330,11 +395,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Pages:
-    """Pages shared with KVM: guest memory (anonymous), or the kvm_run of a vCPU (``fd``)."""
+    """Pages shared with KVM: guest memory (anonymous), or what a vCPU's ``fd`` maps, kvm_run to begin with."""
 
-    def __init__(self, size: int, fd: int = -1) -> None:
+    def __init__(self, size: int, fd: int = -1, offset: int = 0) -> None:
         flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
         if address == _MAP_FAILED:
             raise CallFailed("mmap", ctypes.get_errno())
         self.address: int = address
@@ -411,6 +476,18 @@ class Kvm(_File):
             raise LabError(f"/dev/kvm speaks API {version}, not {KVM_API_VERSION}", hint="is it Linux's own KVM?")
         self.vcpu_mmap_size = self.ioctl(Ioctl.KVM_GET_VCPU_MMAP_SIZE)
 
+    def get_supported_cpuid(self) -> KvmCpuid2:
+        """Return the CPUID of the most capable vCPU that this KVM can make."""
+        cpuid = _Cpuid(nent=_CPUID_ENTRIES)
+        self.ioctl(Ioctl.KVM_GET_SUPPORTED_CPUID, cpuid)
+        return cpuid
+
+    def supports(self, function: int, register: str, bit: int) -> bool:
+        """Tell whether a vCPU can have a feature, by its place in CPUID."""
+        cpuid = self.get_supported_cpuid()
+        entries = (KvmCpuidEntry2 * cpuid.nent).from_buffer(cpuid, KvmCpuid2.entries.offset)
+        return any(entry.function == function and getattr(entry, register) >> bit & 1 for entry in entries)
+
     def create_vm(self) -> Vm:
         """Create a VM without memory."""
         return Vm(self.ioctl(Ioctl.KVM_CREATE_VM), self.vcpu_mmap_size)
@@ -430,12 +507,16 @@ class Vm(_File):
         while self._memory:
             self._memory.pop().close()
 
-    def add_memory(self, gpa: int, size: int) -> Pages:
-        """Give the guest ``size`` bytes of memory at ``gpa``."""
+    def write(self, gpa: int, data: bytes) -> None:
+        """Put ``data`` into the memory that was added first, at 0."""
+        self._memory[0].write(gpa, data)
+
+    def add_memory(self, gpa: int, size: int, *, address_space: int = 0, flags: int = 0) -> Pages:
+        """Give the guest ``size`` bytes of memory at ``gpa``; in address space 1 it sees them in SMM only."""
         pages = Pages(size)
         self._memory.append(pages)
-        slot = len(self._memory) - 1
-        region = KvmUserspaceMemoryRegion(slot, 0, gpa, size, pages.address)
+        slot = address_space << 16 | len(self._memory) - 1
+        region = KvmUserspaceMemoryRegion(slot, flags, gpa, size, pages.address)
         self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
         return pages
 
@@ -449,6 +530,10 @@ class Vm(_File):
     def enable_cap(self, cap: Cap, argument: int) -> None:
         """Set a capability of the VM."""
         self.ioctl(Ioctl.KVM_ENABLE_CAP, KvmEnableCap(cap=cap, args=(argument, 0, 0, 0)))
+
+    def reset_dirty_rings(self) -> None:
+        """Have KVM take back the entries of dirty rings that are marked KVM_DIRTY_GFN_F_RESET."""
+        self.ioctl(Ioctl.KVM_RESET_DIRTY_RINGS)
 
     def create_irqchip(self) -> None:
         """Put the interrupt controllers into the kernel; before the first vCPU."""
@@ -561,6 +646,32 @@ class Vcpu(_File):
         """Inject a machine check."""
         self.ioctl(Ioctl.KVM_X86_SET_MCE, mce)
 
+    def set_cpuid(self, cpuid: KvmCpuid2) -> None:
+        """Set what CPUID tells the guest, and with it what the guest may use."""
+        self.ioctl(Ioctl.KVM_SET_CPUID2, cpuid)
+
+    def set_guest_debug(self, control: int) -> None:
+        """Debug the guest, with KVM_GUESTDBG_* flags; 0 ends it."""
+        self.ioctl(Ioctl.KVM_SET_GUEST_DEBUG, KvmGuestDebug(control=control))
+
+    def stop(self) -> None:
+        """End the KVM_RUN that another thread is inside: there it is a TimedOut."""
+        self._watchdog.hurry()
+
+    def harvest(self, ring_size: int) -> int:
+        """Collect what is in the vCPU's dirty ring, and return how many pages it named."""
+        ring = Pages(ring_size, self.fd, KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE)
+        try:
+            count = ring_size // ctypes.sizeof(KvmDirtyGfn)
+            dirty = [
+                one for one in (KvmDirtyGfn * count).from_address(ring.address) if one.flags & KVM_DIRTY_GFN_F_DIRTY
+            ]
+            for one in dirty:
+                one.flags = KVM_DIRTY_GFN_F_RESET
+            return len(dirty)
+        finally:
+            ring.close()
+
     def _get(self, request: Ioctl, struct: _StructType) -> _StructType:
         self.ioctl(request, struct)
         return struct
@@ -603,6 +714,12 @@ class _Watchdog:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="kvm-run-watchdog", daemon=True)
             self._thread.start()
+
+    # Ends the run that is in progress.
+    def hurry(self) -> None:
+        with self._lock:
+            if self._armed:
+                self._armed = *self._armed[:2], time.monotonic()
 
     # Returns whether it had to end the run. Under the lock: a kick never meets a thread that has left run().
     def disarm(self) -> bool:

@@ -6,7 +6,7 @@ version; ``doctor`` prints it, the recording carries it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -284,3 +284,14 @@ def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) 
         return None if hook.target in functions else "this kernel has no such function, or it is inlined"
 
     return Plan(engine, tuple(Planned(hook, missing(hook)) for hook in hooks), blind)
+
+
+def tells(plan: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the words of ``raised_by`` that a plan's hooks inside KVM_RUN tell; the plan as recordings carry it."""
+    targets = {line["hook"].partition(":")[2] for line in plan if line["hook"]}
+    return frozenset(
+        hook.site.name.lower()
+        for hooks, _ in HOOKS.values()
+        for hook in hooks
+        if hook.site is not None and hook.target in targets
+    )

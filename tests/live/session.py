@@ -50,6 +50,12 @@ def lab(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def lab_tells(name: str) -> str:
+    """Run a scenario to its end; return the line of JSON in which it tells of itself."""
+    command = [sys.executable, "-m", "lab", "run", name, "--json"]
+    return subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
 def wait_until(what: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     """Return the first true value of ``what``."""
     end = time.monotonic() + timeout_s

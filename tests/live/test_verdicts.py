@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from lab.runner import Truth, parallel, runnable
+from lab.check import differences
+from lab.runner import Run, Truth, parallel, runnable
 from lab.scenarios import SCENARIOS
+from probes.plan import tells
 
-from .session import by_pid, lab, recording, report
+from .session import by_pid, lab, lab_tells, recording, report
 
 pytestmark = pytest.mark.live
 
@@ -62,51 +64,44 @@ def nothing_lost(document: Mapping[str, Any]) -> None:
     assert document["recording"]["clean"]
 
 
+Traced = tuple[dict[str, Any], dict[str, Run]]
+
+
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, tuple[int, int, int]]]:
-    """Run every scenario, one after the other, under one `record`; return its report, and pid and times of each."""
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """Run every scenario, one after the other, under one `record`; return its report, and what each run told."""
     path = tmp_path_factory.mktemp("traced") / "recording"
     runs = {}
     with recording(path):
         for name in RUNNABLE:
-            begin = time.monotonic_ns()
-            process = lab(name)
-            assert process.wait(60) == 0, name
-            runs[name] = process.pid, begin, time.monotonic_ns()
+            runs[name] = Run.from_json(lab_tells(name))
     return report(path), runs
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_scenario_gets_its_verdict(
-    traced: tuple[dict[str, Any], dict[str, tuple[int, int, int]]], name: str
-) -> None:
-    """End, who raised it, exits, saves, blind saves, stale; and every shutdown with its source."""
+def test_every_scenario_gets_its_verdict(traced: Traced, name: str) -> None:
+    """End, who raised it, exits, saves, blind saves, stale, nested; and every shutdown with its source."""
     require(name)
     document, runs = traced
-    pid, begin, end = runs[name]
-    if name.startswith("killed"):  # they kill a VMM of their own; other VMs of this machine must be quiet meanwhile
-        vms = [vm for vm in document["vms"] if begin <= vm["first_ns"] <= end and vm["vmm"] != "qemu"]
-    else:
-        vms = by_pid(document["vms"], pid)
-    assert len(vms) == SCENARIOS[name].vms
-    check(document, vms, Truth.of(SCENARIOS[name]))
+    assert differences(document, runs[name], tells(document["recording"]["plan"])) == []
 
 
-def test_nothing_is_lost_meanwhile(traced: tuple[dict[str, Any], dict[str, tuple[int, int, int]]]) -> None:
+def test_nothing_is_lost_meanwhile(traced: Traced) -> None:
     """And the summary is that of the lifecycles."""
     document, runs = traced
     nothing_lost(document)
     ends = [row["end"] for row in document["lifecycles"]]
     assert document["summary"] == {end: ends.count(end) for end in dict.fromkeys(ends)}
-    assert sum(len(SCENARIOS[name].expect) for name in runs) <= len(ends)
+    told = tells(document["recording"]["plan"])
+    assert sum(len(run.truth(told).lifecycles) for run in runs.values()) <= len(ends)
     assert document["exit_status"] == 3
 
 
-def test_intervals_are_honest(traced: tuple[dict[str, Any], dict[str, tuple[int, int, int]]]) -> None:
+def test_intervals_are_honest(traced: Traced) -> None:
     """Each is [last seen without, first seen with], and lies within its run."""
     document, runs = traced
-    begin, end = min(run[1] for run in runs.values()), max(run[2] for run in runs.values())
-    pids = {run[0] for run in runs.values()}
+    begin, end = min(run.begin_ns for run in runs.values()), time.monotonic_ns()
+    pids = {pid for run in runs.values() for pid in run.pids}
     for row in (row for row in document["lifecycles"] if row["pid"] in pids):
         times = [*row["raised_ns"], *row["ended_ns"]]
         assert times == sorted(times), row

@@ -10,12 +10,16 @@ import subprocess
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lab import kvm
-from lab.runner import Truth
-from lab.scenarios import SCENARIOS, Scenario
+from lab import kvm, userfault
+from lab.check import differences
+from lab.runner import Run, Truth
+from lab.scenarios import RAISED_INSIDE_KVM_RUN, SCENARIOS, Lifecycle, Outcome, Scenario, vmcb
+from probes.plan import make, tells
+from probes.schema import Site
 
 Values = Callable[[list[str]], dict[str, int]]
 
@@ -28,16 +32,29 @@ STRUCTS = [
     kvm.KvmX86Mce,
     kvm.KvmUserspaceMemoryRegion,
     kvm.KvmEnableCap,
+    kvm.KvmCpuid2,
+    kvm.KvmCpuidEntry2,
+    kvm.KvmGuestDebug,
+    kvm.KvmDirtyGfn,
     kvm.KvmMpState,
     kvm.KvmRun,
+    userfault.UffdioApi,
+    userfault.UffdioRange,
+    userfault.UffdioRegister,
+    userfault.UffdioCopy,
+    userfault.UffdMsg,
 ]
+ENUMS = (kvm.Ioctl, kvm.Cap, kvm.Exit, kvm.MpState, userfault.Ioctl)
 NUMBERS = [
-    *((one.name, int(one)) for enum in (kvm.Ioctl, kvm.Cap, kvm.Exit, kvm.MpState) for one in enum),
-    ("KVM_VCPUEVENT_VALID_TRIPLE_FAULT", kvm.KVM_VCPUEVENT_VALID_TRIPLE_FAULT),
-    ("KVM_API_VERSION", kvm.KVM_API_VERSION),
+    *((one.name, int(one)) for enum in ENUMS for one in enum),
+    *((name, value) for name, value in vars(kvm).items() if name.startswith("KVM_")),
+    *((name, value) for name, value in vars(userfault).items() if name.startswith("UFFD")),
+    ("SYS_userfaultfd", userfault._SYS_USERFAULTFD),
 ]
 # What C does not name, or names otherwise: the padding of unions.
 UNNAMED = {"exit", "padding"}
+# What C has in a union without a name: the same place, another path.
+SAME = {"arg.pagefault.ptid": "arg.pagefault.feat.ptid"}
 
 
 def c_name(struct: type[ctypes.Structure]) -> str:
@@ -66,7 +83,8 @@ def compiles(tmp_path: Path, statement: str) -> subprocess.CompletedProcess[str]
     """Try to compile a statement against linux/kvm.h."""
     source = tmp_path / "abi.c"
     source.write_text(
-        "#include <stddef.h>\n#include <stdio.h>\n#include <sys/ioctl.h>\n#include <linux/kvm.h>\n"
+        "#include <stddef.h>\n#include <stdio.h>\n#include <sys/ioctl.h>\n#include <sys/syscall.h>\n"
+        "#include <linux/kvm.h>\n#include <linux/userfaultfd.h>\n"
         f"int main(void)\n{{\n{statement}\nreturn 0;\n}}\n"
     )
     return subprocess.run(["gcc", "-o", tmp_path / "abi", source], check=False, capture_output=True, text=True)
@@ -104,14 +122,14 @@ def compare(ours: dict[str, int], theirs: dict[str, int]) -> None:
 def test_structs_are_laid_out_as_in_c(struct: type[ctypes.Structure], c_values: Values) -> None:
     """Size, and the offset of every member."""
     name = f"struct {c_name(struct)}"
-    ours = {f"offsetof({name}, {path})": offset for path, offset in members(struct)}
+    ours = {f"offsetof({name}, {SAME.get(path, path)})": offset for path, offset in members(struct)}
     ours[f"sizeof({name})"] = ctypes.sizeof(struct)
     compare(ours, c_values(list(ours)))
 
 
 def test_every_struct_is_compared() -> None:
     """A struct that is added to the lab is added here."""
-    public = {one for name, one in vars(kvm).items() if re.match("Kvm[A-Z]", name)}
+    public = {one for name, one in {**vars(kvm), **vars(userfault)}.items() if re.match("(Kvm|Uffd)[A-Za-z]", name)}
     assert public == set(STRUCTS)
 
 
@@ -121,27 +139,115 @@ def test_numbers_are_those_of_the_header(c_values: Values) -> None:
     compare(ours, c_values(list(ours)))
 
 
-@pytest.mark.parametrize("enum", [kvm.Ioctl, kvm.Cap, kvm.Exit, kvm.MpState])
+@pytest.mark.parametrize("enum", ENUMS)
 def test_no_number_is_written_twice(enum: type[IntEnum]) -> None:
     """An IntEnum would make the second one an alias without a word."""
     assert len(enum) == len(enum.__members__)
 
 
-ENDS = {"delivered", "cleared", "handed_over", "lost", "abandoned"}
+ENDS = {"delivered", "reflected", "cleared", "handed_over", "lost", "abandoned"}
+RAISERS = {"set_mce", "set_vcpu_events", *RAISED_INSIDE_KVM_RUN}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_expectations_are_possible(scenario: Scenario) -> None:
     """A finished scenario leaves nothing open, and each end agrees with the saves before it."""
-    for one in scenario.expect:
+    for one in (one for outcome in scenario.outcomes for one in outcome.lifecycles):
         assert one["end"] in ENDS
+        assert one["raised_by"] in RAISERS
         assert 0 <= one["vm"] < scenario.vms
         assert one["end"] != "lost" or one["blind_saves"]
         assert one["end"] != "handed_over" or one["saves"]
         assert one["end"] != "abandoned" or not one["saves"] + one["blind_saves"]
+        assert one["end"] != "reflected" or one["nested"]
     assert all(one["end"] == "open" for one in scenario.held)
+    assert len(set(map(json.dumps, (one.lifecycles for one in scenario.outcomes)))) == len(scenario.outcomes)
     assert len(scenario.title) <= 58, "the list must fit in 80 columns"
     assert len(scenario.name) <= 21
+
+
+def test_what_kvm_run_does_inside_is_seen_by_an_engine_with_hooks_there() -> None:
+    """Others see kvm_run, and of what one KVM_RUN raised and serviced nothing but a shutdown."""
+    (rsm,), (signalled,) = (SCENARIOS[name].outcomes[0].lifecycles for name in ("rsm", "rsm_signal"))
+    mce = SCENARIOS["delivered"].outcomes[0].lifecycles[0]
+    both = Outcome((rsm, signalled, mce), ((0, 7),))
+    assert both.seen(RAISED_INSIDE_KVM_RUN) == both.seen({"rsm"}) == both
+    blind = both.seen({"exception"})
+    assert blind == Outcome(({**signalled, "raised_by": "kvm_run"}, mce), ((0, 7), (0, 0)))
+    reflected: Lifecycle = {**rsm, "end": "reflected", "nested": True}
+    assert Outcome((reflected,)).seen(()) == Outcome()
+
+
+def test_a_vmcb_is_as_long_as_a_page_and_names_what_it_intercepts() -> None:
+    """Bits 31 and 32 of the intercepts at offset 0xc: shutdown, and VMRUN, without which KVM refuses the VMCB."""
+    with_it, without = (int.from_bytes(vmcb(0x1234, wish)[0xC:0x14], "little") for wish in (True, False))
+    assert (with_it, without) == (1 << 31 | 1 << 32, 1 << 32)
+    assert len(vmcb(0x1234, True)) == 4096
+    assert vmcb(0x1234, True)[0x578:0x57A] == b"\x34\x12"
+
+
+def test_the_words_raised_inside_kvm_run_are_those_of_the_analysis() -> None:
+    """Every site but the one that user space causes through kvm_run, and those that raise nothing."""
+    nothing = {Site.REFLECT, Site.HARDWARE_SHUTDOWN, Site.SYNC_EVENTS}
+    assert {site.name.lower() for site in Site if site not in nothing} == RAISED_INSIDE_KVM_RUN
+
+
+def test_a_plan_tells_which_of_them_it_sees() -> None:
+    """By its hooks, not by the name of its engine."""
+    functions = {"emulator_triple_fault", "kvm_multiple_exception", "kvm_vcpu_ioctl"}
+    assert tells(make("kprobe", functions, ()).as_json()) == {"rsm", "exception"}
+    assert tells(make("tracepoint", functions, {"sys_enter"}).as_json()) == frozenset()
+
+
+def a_run(name: str, runs: int = 1) -> Run:
+    """Return runs that took 10 to 20 ns."""
+    return Run(name, 7, [7], 10, 20, [SCENARIOS[name].outcomes[0]] * runs)
+
+
+def a_report(run: Run) -> dict[str, Any]:
+    """Return a report that says what it must say of a run, and something of other VMs."""
+    truth = run.truth()
+    vms = [{"vm": 100 + place, "pid": 7, "first_ns": 10 + place} for place in range(run.vms)]
+    others = [{"vm": 90, "pid": 7, "first_ns": 9}, {"vm": 91, "pid": 8, "first_ns": 11}]
+    return {
+        "vms": [*vms[::-1], *others],
+        "lifecycles": [{**one, "vm": 100 + one["vm"], "why": ""} for one in truth.lifecycles] + [{"vm": 90}],
+        "shutdowns": [{**one, "vm": 100 + one["vm"]} for one in truth.shutdowns] + [{"vm": 91}],
+    }
+
+
+def test_a_right_report_does_not_differ() -> None:
+    """VMs are those of the run's processes, in the order in which they began."""
+    run = Run.from_json(a_run("handed_over", 3).as_json())
+    assert run == a_run("handed_over", 3)
+    assert differences(a_report(run), run, RAISED_INSIDE_KVM_RUN) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"end": "lost"}, ["lack", "must not"]),
+        ({"why": "something"}, ["something"]),
+        ({"raised_by": "kvm_run"}, ["lack", "must not"]),
+        ({"vm": 90}, ["lack"]),
+    ],
+)
+def test_a_wrong_report_differs(change: dict[str, Any], told: list[str]) -> None:
+    """What it lacks, what it has too much, and what it doubts."""
+    run = a_run("rsm")
+    report = a_report(run)
+    report["lifecycles"][0].update(change)
+    wrong = differences(report, run, RAISED_INSIDE_KVM_RUN)
+    assert len(wrong) == len(told)
+    assert all(line.startswith("rsm: ") and part in line for line, part in zip(wrong, told, strict=True))
+
+
+def test_a_report_of_other_vms_differs() -> None:
+    """Nothing else is compared then."""
+    run = a_run("lost")
+    report = a_report(run)
+    del report["vms"][0]
+    assert differences(report, run, ()) == ["lost: it had 2 VMs, and the report has 1 of them"]
 
 
 def test_the_truth_of_many_runs_numbers_their_vms() -> None:

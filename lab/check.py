@@ -1,0 +1,50 @@
+"""What a report says of runs of scenarios, against what they must show.
+
+A report is the JSON document of ``kvmreq report --format json``, as Python reads it. Which VMs are those of a run is
+told by their process and by when they began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lab.runner import Run
+
+Row = Mapping[str, Any]
+
+
+def differences(report: Mapping[str, Any], run: Run, tells: Collection[str]) -> list[str]:
+    """Return in what a report of one traced run differs from the truth.
+
+    ``tells``: of the words in RAISED_INSIDE_KVM_RUN those that the engine tells. VMs that ran at once, in threads,
+    cannot be told apart here.
+    """
+    mine = [vm for vm in report["vms"] if vm["pid"] in run.pids and run.begin_ns <= vm["first_ns"] <= run.end_ns]
+    if len(mine) != run.vms:
+        return [f"{run.scenario}: it had {run.vms} VMs, and the report has {len(mine)} of them"]
+    order = {vm["vm"]: place for place, vm in enumerate(sorted(mine, key=lambda vm: (vm["first_ns"], vm["vm"])))}
+    truth = run.truth(tells)
+    return [
+        f"{run.scenario}: {wrong}"
+        for what, must in (("lifecycles", truth.lifecycles), ("shutdowns", truth.shutdowns))
+        for wrong in _compare(what, _numbered(report[what], order), must)
+    ]
+
+
+def _numbered(rows: Iterable[Row], order: Mapping[int, int]) -> list[Row]:
+    return [{**row, "vm": order[row["vm"]]} for row in rows if row["vm"] in order]
+
+
+def _compare(what: str, rows: list[Row], must: Iterable[Row]) -> list[str]:
+    left = list(rows)
+    wrong = []
+    for one in must:
+        found = next((row for row in left if all(row[key] == value for key, value in one.items())), None)
+        if found is None:
+            wrong.append(f"{what} lack {dict(one)}")
+        else:
+            left.remove(found)
+            if found.get("why"):
+                wrong.append(f"{what} have a doubt that they must not have: {found['why']}")
+    return [*wrong, *(f"{what} have what they must not: {dict(row)}" for row in left)]
