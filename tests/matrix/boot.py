@@ -141,7 +141,9 @@ class Machine:
         with tempfile.TemporaryDirectory(prefix="matrix-") as scratch:
             # virtme-ng leaves a configuration in HOME, and files in TMPDIR when it is killed.
             environment = {**os.environ, "HOME": str(cache()), "TMPDIR": scratch}
-            environment["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+            # vng runs virtme-run, which lies beside it, by its name.
+            search = (str(Path(vng[0]).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")
+            environment["PATH"] = ":".join(search)
             # A pipe: QEMU opens /proc/self/fd/2 anew for each port, which would overwrite each other.
             process = subprocess.Popen(
                 vng,
