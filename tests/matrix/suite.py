@@ -33,7 +33,7 @@ Exit status: 0 all passed, 1 not, 2 usage.
 
 examples:
   python3 -m tests.matrix.suite
-  python3 -m tests.matrix.suite 5.10 7.3 --userspaces debian12 --engines kprobe
+  python3 -m tests.matrix.suite 5.10 7.3 --engines kprobe fentry --debian12 kprobe
 """
 
 
@@ -59,13 +59,20 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     known = f"{', '.join(kernels.SERIES)}, or a number such as 7.3"
     add("kernels", nargs="*", metavar="KERNEL", help=f"{known}; by default {' '.join(kernels.DEFAULT)}")
-    add("--userspaces", nargs="+", choices=USERSPACES, default=list(USERSPACES), help="by default both")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="by default all")
+    for name in USERSPACES:
+        add(f"--{name}", nargs="*", choices=ENGINES, metavar="ENGINE", help=f"in {name} only these of the engines")
     add("--witnesses", nargs="*", metavar="KERNEL", help="run KVM's own tests on these kernels only (default: all)")
     add("--out", type=Path, help="where recordings and consoles are left (by default matrix in the cache)")
     add("--results", type=Path, help="where results are left (by default results in the cache)")
     add("--limit", type=int, default=LIMIT_S, metavar="S", help="seconds for each kernel and user space (%(default)s)")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    chosen = {name: getattr(arguments, name) for name in USERSPACES}
+    arguments.userspaces = {
+        name: [one for one in arguments.engines if engines is None or one in engines]
+        for name, engines in chosen.items()
+    }
+    return arguments
 
 
 def say(text: str) -> None:
@@ -103,8 +110,7 @@ class Tally:
 class Wanted:
     """What is to be run on every kernel."""
 
-    userspaces: Sequence[str]
-    engines: Sequence[str]
+    userspaces: Mapping[str, Sequence[str]]  # the engines to try in each
     unknown: Mapping[str, str]  # those that this kvmreq does not have, and why they may be refused
     witnesses: Sequence[Path]
     witnesses_on: Sequence[str] | None
@@ -130,12 +136,12 @@ def run_kernel(series: str, wanted: Wanted, tally: Tally) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "userspaces": {},
     }
-    for userspace in wanted.userspaces:
+    for userspace, engines in wanted.userspaces.items():
         where = f"{series} {userspace}"
         folder = wanted.out / kernel.release / userspace
         try:
             machine = wanted.machine(series, userspace)
-            outcome = _boot(where, kernel, machine, userspace, folder, wanted.engines)
+            outcome = _boot(where, kernel, machine, userspace, folder, engines)
             boot = verdicts.of_boot(folder)
         except (MatrixError, OSError, ValueError) as error:
             tally.fail(f"{where}: {error}")
@@ -182,8 +188,12 @@ def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str]
 
 def left_out(arguments: argparse.Namespace) -> list[str]:
     """Return what was not asked for, in words: a restricted run must not look like a whole one."""
-    lines = [f"engine {one}" for one in ENGINES if one not in arguments.engines]
-    lines += [f"user space {one}" for one in USERSPACES if one not in arguments.userspaces]
+    lines = [
+        f"{engine} in {userspace}"
+        for userspace, engines in arguments.userspaces.items()
+        for engine in ENGINES
+        if engine not in engines
+    ]
     lines += [f"kernel {one}" for one in kernels.DEFAULT if one not in arguments.kernels]
     if arguments.witnesses is not None:
         lines += [f"KVM's own tests on {one}" for one in arguments.kernels if one not in arguments.witnesses]
@@ -233,8 +243,7 @@ def _prepare(arguments: argparse.Namespace) -> Wanted:
         built = witnesses.programs(lambda text: say(text.strip()))
     known = offered()
     return Wanted(
-        userspaces=arguments.userspaces,
-        engines=arguments.engines,
+        userspaces={name: engines for name, engines in arguments.userspaces.items() if engines},
         unknown={engine: "this kvmreq has none of that name" for engine in ENGINES if engine not in known},
         witnesses=built,
         witnesses_on=arguments.witnesses,
