@@ -1,13 +1,15 @@
-# Two commands for a fresh Debian 12, as root: make demo, make test. Each sets the checkout up first (see bootstrap).
+# For a fresh Debian 12, as root: make demo, make test, make matrix. Each sets the checkout up first (see bootstrap).
 # Tools are run as `python -m`: their scripts in .venv/bin name the folder that they were installed in, and so cannot move.
 
 PYTHON := .venv/bin/python
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+KERNELS ?=
+MATRIX_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean
+.PHONY: help demo test matrix bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1: /p' $(MAKEFILE_LIST)
@@ -22,6 +24,10 @@ test: ## set up, then check and test the source; TEST_ARGS='-k NAME' goes to pyt
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy --no-error-summary
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+matrix: ## set up, then try every engine on stock kernels in QEMU; KERNELS='5.10 7.3' MATRIX_ARGS='--engines kprobe'
+	@./bootstrap matrix 'make matrix'
+	@$(PYTHON) -m tests.matrix.suite $(KERNELS) $(MATRIX_ARGS)
 
 bench: ## set up, then measure: a table in which each figure is a ratio from one run
 	@./bootstrap test 'make bench'

@@ -47,8 +47,13 @@ def to_arrow(events: npt.NDArray[np.void]) -> pa.Table:
     import pyarrow as pa
 
     schema = arrow_schema()
-    columns: list[Any] = [np.ascontiguousarray(events[name]) for name in schema.names]
-    return pa.table(columns, schema=schema)
+    # From buffers: to convert an array, pyarrow imports pandas, and a tracer needs none of it.
+    arrays: list[Any] = [np.ascontiguousarray(events[name]) for name in schema.names]
+    columns = [
+        pa.Array.from_buffers(field.type, len(events), [None, pa.py_buffer(array)])
+        for field, array in zip(schema, arrays, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:

@@ -36,11 +36,8 @@ struct arguments {			/* struct pt_regs from dx on: arguments 3, 2 and 1, and the
 	u64 dx, si, di, orig_ax;
 };
 
-struct opened {				/* struct file from f_op to private_data */
+struct opened {				/* of a struct file */
 	u64 f_op;
-#if OFFSET_PRIVATE_DATA > 8
-	u8 between[OFFSET_PRIVATE_DATA - 8];
-#endif
 	u64 private_data;
 };
 
@@ -104,13 +101,31 @@ static inline u64 descriptors(u32 *max)
 #endif
 }
 
+/* With one call where the two lie close together; what Linux 6.1 has between them, the stack has no room for. */
+static inline int read_opened(struct opened *opened, u64 file)
+{
+#if OFFSET_PRIVATE_DATA <= 32
+	u64 fields[OFFSET_PRIVATE_DATA / 8 + 1] = {};
+
+	if (bpf_probe_read_kernel(fields, sizeof(fields), (void *)(file + OFFSET_F_OP)))
+		return -1;
+	opened->f_op = fields[0];
+	opened->private_data = fields[OFFSET_PRIVATE_DATA / 8];
+	return 0;
+#else
+	return bpf_probe_read_kernel(&opened->f_op, sizeof(opened->f_op), (void *)(file + OFFSET_F_OP)) ||
+	       bpf_probe_read_kernel(&opened->private_data, sizeof(opened->private_data),
+				     (void *)(file + OFFSET_F_OP + OFFSET_PRIVATE_DATA));
+#endif
+}
+
 /* The vCPU or VM that a struct file leads to, or 0. */
 static inline u64 behind(u64 file, u32 what)
 {
 	struct opened opened = {};
 	u64 *known = operations.lookup(&what);
 
-	if (!file || !known || bpf_probe_read_kernel(&opened, sizeof(opened), (void *)(file + OFFSET_F_OP)))
+	if (!file || !known || read_opened(&opened, file))
 		return 0;
 	if (opened.f_op != *known || !*known) {
 		if (read_u64(opened.f_op + OFFSET_UNLOCKED_IOCTL) != (what == OF_VCPU ? KVM_VCPU_IOCTL : KVM_VM_IOCTL))
@@ -136,8 +151,7 @@ static inline u64 vcpu_behind_fd(u32 fd)
 	u64 file = read_u64(descriptors(NULL) + 8 * (u64)fd);
 
 	/* The hot path: KVM_RUN on a descriptor that is one, or the ioctl would not have got this far. */
-	if (known && *known && !bpf_probe_read_kernel(&opened, sizeof(opened), (void *)(file + OFFSET_F_OP)) &&
-	    opened.f_op == *known)
+	if (known && *known && !read_opened(&opened, file) && opened.f_op == *known)
 		return opened.private_data;
 	return behind_fd(fd, OF_VCPU);
 }

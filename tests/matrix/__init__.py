@@ -17,10 +17,15 @@ HOST_PACKAGES = {
     "busybox-static": "busybox",  # virtme-ng's initramfs
     "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
     "file": "file",  # virtme-ng reads a kernel's release with it
+    "gcc": "gcc",  # KVM's own tests, as the next three
     "kmod": "depmod",
+    "libc6-dev": "/usr/include/stdio.h",
+    "linux-libc-dev": "/usr/include/linux/kvm.h",
+    "make": "make",
     "mmdebstrap": "mmdebstrap",  # the Debian 13 root
     "qemu-system-x86": "qemu-system-x86_64",
     "udev": "udevadm",  # without it on the booted root neither output nor status come back
+    "xz-utils": "xz",
 }
 
 

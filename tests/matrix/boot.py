@@ -81,6 +81,7 @@ class Machine:
     limit_s: int = 600  # for the command
     cwd: Path = CHECKOUT
     environment: Mapping[str, str] = field(default_factory=dict)
+    given: Sequence[Path] = ()  # files that the command finds in $MATRIX_OUT/given, whatever root it runs on
 
     def run(
         self,
@@ -108,6 +109,10 @@ class Machine:
             command=shlex.join(command),
         )
         (folder / "guest.sh").write_text(script)
+        if self.given:
+            (folder / "given").mkdir()
+            for path in self.given:
+                shutil.copy2(path, folder / "given")
         (folder / "output").touch()
         started = time.monotonic()
         booted = self._wait(self._vng(kernel, folder), folder, progress)
@@ -141,7 +146,9 @@ class Machine:
         with tempfile.TemporaryDirectory(prefix="matrix-") as scratch:
             # virtme-ng leaves a configuration in HOME, and files in TMPDIR when it is killed.
             environment = {**os.environ, "HOME": str(cache()), "TMPDIR": scratch}
-            environment["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+            # vng runs virtme-run, which lies beside it, by its name.
+            search = (str(Path(vng[0]).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")
+            environment["PATH"] = ":".join(search)
             # A pipe: QEMU opens /proc/self/fd/2 anew for each port, which would overwrite each other.
             process = subprocess.Popen(
                 vng,

@@ -22,10 +22,11 @@ UNPACK_S = 300
 
 @dataclass(frozen=True)
 class Series:
-    """A line of kernels: the release's first numbers as a regular expression, and where Debian has it."""
+    """A line of kernels: the release's first numbers as a regular expression, and where Debian may have it."""
 
     numbers: str
     suites: tuple[str, ...]
+    elsewhere: tuple[tuple[str, ...], ...] = ()  # where to look next, in this order
 
 
 SERIES = {
@@ -36,8 +37,8 @@ SERIES = {
     "6.12": Series(r"6\.12", ("trixie", "trixie-security")),
     "newest": Series(r"\d+", ("trixie-backports",)),
 }
-# A series that is not in the table, such as 6.18 or 7.2, is looked for here.
-OTHERS = ("trixie-backports",)
+# A series that is not in the table, such as 6.18 or 7.2, is looked for in these, the newest first.
+OTHERS = (("sid",), ("trixie-backports",), ("trixie", "trixie-security"), ("bookworm-backports",))
 DEFAULT = ("5.10", "6.1", "6.12", "newest")
 
 
@@ -66,7 +67,7 @@ def series(name: str) -> Series:
     if name in SERIES:
         return SERIES[name]
     if re.fullmatch(r"\d+\.\d+", name):
-        return Series(re.escape(name), OTHERS)
+        return Series(re.escape(name), OTHERS[0], OTHERS[1:])
     raise MatrixError(f"no kernel series {name}: known are {', '.join(SERIES)}, and numbers such as 7.2")
 
 
@@ -79,11 +80,9 @@ def fetch(name: str) -> Kernel:
     home.mkdir(parents=True, exist_ok=True)
     wanted = series(name)
     with locked(home / ".lock"):
-        archive = apt.Archive(wanted.suites, cache() / "apt" / "+".join(wanted.suites))
         latest = home / f".latest-{name}"  # a link to the build that was fetched last for this name
         try:
-            archive.refresh()
-            image, version, parts = _newest_image(archive, wanted, name)
+            archive, image, version, parts = _find(wanted, name)
         except MatrixError:
             if not (latest / "vmlinuz").exists():
                 raise
@@ -100,7 +99,20 @@ def _cached(name: str, folder: Path) -> Kernel:
     return Kernel(name, folder.name, (folder / "version").read_text(), folder)
 
 
-def _newest_image(archive: apt.Archive, wanted: Series, name: str) -> tuple[str, str, list[str]]:
+def _find(wanted: Series, name: str) -> tuple[apt.Archive, str, str, list[str]]:
+    # In the first suites that have it.
+    tried: list[str] = []
+    for suites in (wanted.suites, *wanted.elsewhere):
+        archive = apt.Archive(suites, cache() / "apt" / "+".join(suites))
+        archive.refresh()
+        found = _newest_image(archive, wanted)
+        if found is not None:
+            return archive, *found
+        tried += suites
+    raise MatrixError(f"no complete kernel of series {name} in {', '.join(tried)}")
+
+
+def _newest_image(archive: apt.Archive, wanted: Series) -> tuple[str, str, list[str]] | None:
     # Plain builds only: no cloud, rt or unsigned flavour, no metapackage and no backport to an older release.
     pattern = rf"linux-image-{wanted.numbers}(\.\d+)+(-\d+)?(\+deb[\d.]+)?-amd64"
     found = [package for package in archive.names("linux-image-.*") if re.fullmatch(pattern, package)]
@@ -114,7 +126,7 @@ def _newest_image(archive: apt.Archive, wanted: Series, name: str) -> tuple[str,
         if len(archive.versions(parts)) == len(parts):
             return image, versions[image], parts
         del versions[image]  # its modules have left the pool already
-    raise MatrixError(f"no complete kernel of series {name} in {', '.join(wanted.suites)}")
+    return None
 
 
 def _unpack(archive: apt.Archive, packages: Sequence[str], release: str, version: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ META: dict[str, Any] = {
 LOSS = Loss(ring_full=5, map_full=1, missed=2, not_written=3, vcpus={1: VcpuLoss(4, 10, 20), 0: VcpuLoss(1, 11, 11)})
 SEGMENTS = 3
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs: sudo make test")
+
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def events_of(number: int, count: int = 23) -> Events:
@@ -126,6 +130,27 @@ def test_any_parquet_reader_opens_a_segment(recorded: Path) -> None:
     assert file.schema_arrow.names == list(EVENT.names or ())
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     file.close()
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import numpy as np
+from probes.schema import EVENT
+from tracer.loss import Loss
+from tracer.recording import Writer
+
+Writer(Path(sys.argv[1]), {}).segment(np.zeros(23, EVENT), Loss(), 1)
+print(*sorted({"pandas", "pyarrow"} & sys.modules.keys()))
+"""
+
+
+def test_writing_needs_no_pandas(tmp_path: Path) -> None:
+    """A tracer neither waits for it to be imported nor has its memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE, tmp_path / "r"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "pyarrow\n"
 
 
 def test_meta_changes_are_whole(recorded: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix import HOST_PACKAGES
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nVERSION_ID="12"\nID=debian\n'
 FEDORA = 'PRETTY_NAME="Fedora Linux 43"\nVERSION_ID=43\nID=fedora\n'
@@ -88,7 +90,7 @@ def machine(tmp_path: Path) -> Machine:
     for folder in (new.checkout, new.commands, *(new.root / name for name in ("etc", "dev", "usr/bin"))):
         folder.mkdir(parents=True)
     shutil.copy2(CHECKOUT / "bootstrap", new.checkout)
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-matrix.txt"):
         (new.checkout / name).write_text("# nothing\n")
     (new.checkout / "kvmreq.py").write_text(
         "import sys\ndef main():\n    print(*sys.argv[1:], __file__)\n    return 3\n",
@@ -172,7 +174,7 @@ def test_an_unknown_level_is_a_usage_error(machine: Machine) -> None:
     """Status 2, as for the command."""
     done = machine.bootstrap("everything")
     assert done.returncode == 2
-    assert done.stderr == f"usage: {machine.checkout}/bootstrap demo|test [WHAT]\n"
+    assert done.stderr == f"usage: {machine.checkout}/bootstrap demo|test|matrix [WHAT]\n"
 
 
 @needs_root
@@ -227,6 +229,34 @@ def test_set_up_is_done_once_and_outlives_a_move(machine: Machine, tmp_path: Pat
 
 
 @needs_root
+def test_the_matrix_names_its_own_packages_and_needs_no_kvm(machine: Machine) -> None:
+    """They are asked for by name; a second run sets up nothing."""
+    (machine.root / "dev/kvm").unlink()
+    shutil.copytree(CHECKOUT / "tests/matrix", machine.checkout / "tests/matrix")
+    (machine.checkout / "tests/__init__.py").touch()
+    installed = machine.root / "installed"
+    installed.touch()
+    machine.command("dpkg-query", f'grep -qx "${{!#}}" {installed} && printf installed || printf not-installed')
+    machine.command(
+        "apt-get",
+        f'[[ $* != *install* ]] || printf "%s\\n" "${{@:7}}" >>{installed}; printf "%s\\n" "$*" >>{machine.root}/apt',
+    )
+    steps = machine.lines("matrix")
+    assert steps[1] == "apt-get install python3-bpfcc python3-venv"
+    assert steps[3] == f"apt-get install {' '.join(HOST_PACKAGES)}"
+    assert "pip install -r requirements-matrix.txt" in steps
+    assert machine.lines("matrix") == []
+
+
+@needs_root
+def test_the_matrix_boots_from_debian_12(machine: Machine) -> None:
+    """Elsewhere it says so, and installs nothing."""
+    (machine.root / "etc/os-release").write_text(FEDORA)
+    assert machine.refusal("matrix").startswith("make matrix cannot work here: this is Fedora Linux 43, not Debian 12")
+    assert machine.apt() == []
+
+
+@needs_root
 def test_a_failed_install_is_tried_again(machine: Machine) -> None:
     """Only what pip has finished counts as done."""
     (machine.checkout / "requirements.txt").write_text("kvmreq-needs-no-such-thing==1\n")
@@ -254,7 +284,7 @@ def test_each_requirement_is_pinned_once() -> None:
     """A name without a version would make two machines differ."""
     lines = [
         line
-        for name in ("requirements.txt", "requirements-dev.txt")
+        for name in ("requirements.txt", "requirements-dev.txt", "requirements-matrix.txt")
         for line in (CHECKOUT / name).read_text().splitlines()
         if line and not line.startswith(("#", "-r "))
     ]

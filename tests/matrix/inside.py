@@ -1,0 +1,289 @@
+"""What runs in a booted kernel: every engine records every scenario, once; judged is elsewhere.
+
+``python3 -m tests.matrix.inside ENGINE...``; $MATRIX_OUT/given holds tests of the kernel to be run as well. Imports the
+standard library and the lab only: pandas takes 20 s here. What was seen goes to ``inside.json`` in $MATRIX_OUT after
+every engine, the recordings beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lab.kvm import Kvm
+from lab.scenarios import no_triple_fault_event
+from tests.matrix import CHECKOUT, truth
+
+LIVE_S = 240  # for record to be live: some 15 s on an idle machine
+SCENARIO_S = 120  # for one scenario: 10 s for the longest
+END_S = 120  # for record to write what it has
+GONE_S = 30  # for the kernel to take away what a killed process held: it frees programs after a grace period
+POLL_S = 0.05
+
+_BPF_PROG_GET_NEXT_ID = 11  # enum bpf_cmd, uapi linux/bpf.h
+_NR_BPF = 321
+_TRACING = Path("/sys/kernel/tracing")
+
+
+class _NextId(ctypes.Structure):
+    # The member of union bpf_attr (uapi linux/bpf.h) for BPF_*_GET_NEXT_ID.
+    _fields_ = (("start_id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
+
+
+def _programs() -> set[str]:
+    """Return every BPF program in the kernel."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = set()
+    request = _NextId()
+    while libc.syscall(_NR_BPF, _BPF_PROG_GET_NEXT_ID, ctypes.byref(request), ctypes.sizeof(request)) == 0:
+        found.add(f"BPF program {request.next_id}")
+        request.start_id = request.next_id
+    return found
+
+
+def _lines(what: str, path: Path) -> set[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return {f"{what} {line.strip()}" for line in path.read_text().splitlines() if not line.startswith("#")}
+    return set()
+
+
+def traces() -> set[str]:
+    """Return everything in the kernel that a tracer can leave behind."""
+    return {
+        *_programs(),
+        *_lines("probe event", _TRACING / "kprobe_events"),
+        *_lines("kprobe", Path("/sys/kernel/debug/kprobes/list")),
+        *_lines("traced function", _TRACING / "enabled_functions"),
+        *(f"tracing instance {path.name}" for path in (_TRACING / "instances").glob("*")),
+    }
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """Return what is still there and was not before, once the kernel has had its time."""
+    end = time.monotonic() + GONE_S
+    while (left := traces() - before) and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return sorted(left)
+
+
+def headers() -> list[str]:
+    """Return the kernel headers that are present: kvmreq must work without them."""
+    modules = Path("/lib/modules") / platform.release()
+    places = (modules / "build", modules / "source", Path("/sys/kernel/kheaders.tar.xz"))
+    return [str(path) for path in places if path.exists()]
+
+
+class Refused(Exception):
+    """The engine does not work here: kvmreq's own reason."""
+
+
+@dataclass
+class Record:
+    """A `kvmreq record` that is live."""
+
+    path: Path
+    engine: str
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.notes = self.path.with_suffix(".notes")
+        with self.notes.open("wb") as notes:
+            self.process = subprocess.Popen(
+                [sys.executable, "kvmreq.py", "record", "-o", str(self.path), "--engine", self.engine],
+                cwd=CHECKOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=notes,
+                stderr=notes,
+            )
+        end = time.monotonic() + LIVE_S
+        while "recording into" not in self.said:
+            if self.process.poll() is not None:
+                last = [line for line in self.said.splitlines() if line.strip()]
+                status = self.process.returncode
+                raise Refused(last[-1].removeprefix("kvmreq: ") if last else f"record ended with status {status}")
+            if time.monotonic() > end:
+                self.kill()
+                raise Refused(f"record was not live within {LIVE_S} s")
+            time.sleep(POLL_S)
+
+    @property
+    def said(self) -> str:
+        """What it has printed until now."""
+        return self.notes.read_text(errors="replace")
+
+    def finish(self) -> int:
+        """End it as Ctrl-C does; return its exit status."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it as nobody should."""
+        self.process.kill()
+        self.process.wait()
+
+
+def _in_child(work: Callable[[], dict[str, Any]], limit_s: float) -> dict[str, Any]:
+    """Run work in a process of its own, and return what it returned, or ``{"error": why}``.
+
+    A fork: what this process has imported need not be imported again, and it has no threads.
+    """
+    source, target = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(source)
+        try:
+            try:
+                told = work()
+            except Exception as error:  # whatever it is, it is this scenario's end and not the matrix's
+                told = {"error": f"{type(error).__name__}: {error}"}
+            with os.fdopen(target, "w") as pipe:
+                json.dump(told, pipe)
+        finally:
+            os._exit(0)  # never on into what the parent does next
+    os.close(target)
+    with os.fdopen(source) as pipe, _deadline(pid, limit_s):
+        text = pipe.read()
+        os.waitpid(pid, 0)
+    return dict(json.loads(text)) if text else {"error": f"it did not end within {limit_s:.0f} s, or crashed"}
+
+
+@contextlib.contextmanager
+def _deadline(pid: int, limit_s: float) -> Iterator[None]:
+    def kill(*_: object) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def witness(program: Path) -> dict[str, Any]:
+    """Run one of the kernel's own tests, and return when, and how it ended."""
+    begin_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    try:
+        done = subprocess.run(
+            [program], capture_output=True, text=True, errors="replace", timeout=SCENARIO_S, check=False
+        )
+        status, said = done.returncode, (done.stdout + done.stderr).strip()[-500:]
+    except subprocess.TimeoutExpired:
+        status, said = -1, f"it did not end within {SCENARIO_S} s"
+    end_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return {"name": program.name, "begin_ns": begin_ns, "end_ns": end_ns, "status": status, "said": said}
+
+
+def no_witnesses() -> str | None:
+    """Say why the kernel's own tests, which are those of a newer one, do not belong here."""
+    with Kvm() as kvm:
+        return no_triple_fault_event(kvm)
+
+
+def _version_of(package: str) -> str:
+    query = ["dpkg-query", "-W", "-f", "${Version}", package]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout or "none"
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(f"{time.monotonic():7.1f} {text}", flush=True)
+
+
+def try_engine(engine: str, out: Path, names: Sequence[str], witnesses: Sequence[Path]) -> dict[str, Any]:
+    """Record every scenario with one engine, then kill another recording; return what happened."""
+    before, began = traces(), time.monotonic()
+    told: dict[str, Any] = {"engine": engine, "refused": None}
+    try:
+        record = Record(out / engine, engine)
+    except Refused as refusal:
+        told["refused"] = str(refusal)
+        told["left_behind"] = left_behind(before)
+        return told
+    told["live_s"] = time.monotonic() - began
+    say(f"{engine}: live after {told['live_s']:.0f} s")
+    try:
+        told["runs"] = [{"name": name, **_in_child(partial(truth.run, name), SCENARIO_S)} for name in names]
+        told["witnesses"] = [witness(program) for program in witnesses]
+        told["work_s"] = time.monotonic() - began - told["live_s"]
+        say(f"{engine}: {len(names)} scenarios and {len(witnesses)} tests of the kernel took {told['work_s']:.0f} s")
+        try:
+            told["status"] = record.finish()
+        except subprocess.TimeoutExpired:
+            told["status"] = f"it did not end within {END_S} s"
+        told["said"] = record.said
+    finally:
+        if record.process.poll() is None:
+            record.kill()
+    told["left_behind"] = left_behind(before)
+    try:
+        record = Record(out / f"{engine}-killed", engine)
+    except Refused as refusal:
+        told["left_behind_by_kill"] = [f"a second recording was refused: {refusal}"]
+    else:
+        told["attached"] = len(traces() - before)
+        record.kill()
+        told["left_behind_by_kill"] = left_behind(before)
+    told["seconds"] = time.monotonic() - began
+    say(f"{engine}: {told['seconds']:.0f} s in all")
+    return told
+
+
+def main(words: Sequence[str]) -> int:
+    """Try every engine; the exit status says only whether it came to the end."""
+    parser = argparse.ArgumentParser("python3 -m tests.matrix.inside")
+    parser.add_argument("engines", nargs="+", metavar="ENGINE")
+    arguments = parser.parse_args(words)
+    out = Path(os.environ["MATRIX_OUT"])
+    reasons = truth.scenarios()
+    names = [name for name, reason in reasons.items() if reason is None]
+    witnesses = sorted((out / "given").glob("*"))
+    without = no_witnesses()
+    told: dict[str, Any] = {
+        "release": platform.release(),
+        "build": platform.version(),
+        "python": platform.python_version(),
+        "bcc": _version_of("python3-bpfcc"),
+        "headers": headers(),
+        "kvm_has_btf": Path("/sys/kernel/btf/kvm").exists(),
+        "cannot_run": {
+            **{name: reason for name, reason in reasons.items() if reason is not None},
+            **{program.name: without for program in witnesses if without is not None},
+        },
+        "engines": [],
+        "complete": False,
+    }
+    if without is not None:
+        witnesses = []
+
+    def keep() -> None:
+        text = json.dumps(told, indent=1)
+        (out / "inside.json").write_text(text)
+
+    for engine in arguments.engines:
+        keep()
+        told["engines"].append(try_engine(engine, out, names, witnesses))
+    told["complete"] = True
+    keep()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""The kernel matrix: every engine on stock kernels, each verdict compared with the truth. ``make matrix`` runs it.
+
+One boot for each kernel and user space; inside.py records there, verdicts.py judges here. Results are kept as one JSON
+file for each kernel, from which compatibility.py writes docs/compatibility.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.matrix import CHECKOUT, MatrixError, cache, debian13, kernels, missing_packages, verdicts, witnesses
+from tests.matrix.boot import TIMED_OUT, BootError, Machine, Outcome, virtme_ng
+
+SCHEMA = "kvmreq.matrix/1"
+ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
+USERSPACES = ("debian12", "debian13")
+LIMIT_S = 1200  # for one kernel and user space: a tenth of it on an idle machine
+
+EPILOG = """\
+Prints a line for each step and, last, how many scenarios and tests passed and failed.
+Exit status: 0 all passed, 1 not, 2 usage.
+
+examples:
+  python3 -m tests.matrix.suite
+  python3 -m tests.matrix.suite 5.10 7.3 --engines kprobe fentry --debian12 kprobe
+"""
+
+
+def offered() -> list[str]:
+    """Return the engines that this kvmreq offers."""
+    text = subprocess.run(
+        [sys.executable, str(CHECKOUT / "kvmreq.py"), "record", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    choices = re.search(r"--engine \{(.*?)\}", text)
+    if choices is None:
+        raise MatrixError("kvmreq record --help does not tell its engines")
+    return choices[1].split(",")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(
+        "python3 -m tests.matrix.suite",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    known = f"{', '.join(kernels.SERIES)}, or a number such as 7.3"
+    add("kernels", nargs="*", metavar="KERNEL", help=f"{known}; by default {' '.join(kernels.DEFAULT)}")
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="by default all")
+    for name in USERSPACES:
+        add(f"--{name}", nargs="*", choices=ENGINES, metavar="ENGINE", help=f"in {name} only these of the engines")
+    add("--witnesses", nargs="*", metavar="KERNEL", help="run KVM's own tests on these kernels only (default: all)")
+    add("--out", type=Path, help="where recordings and consoles are left (by default matrix in the cache)")
+    add("--results", type=Path, help="where results are left (by default results in the cache)")
+    add("--limit", type=int, default=LIMIT_S, metavar="S", help="seconds for each kernel and user space (%(default)s)")
+    arguments = parser.parse_args(words)
+    chosen = {name: getattr(arguments, name) for name in USERSPACES}
+    arguments.userspaces = {
+        name: [one for one in arguments.engines if engines is None or one in engines]
+        for name, engines in chosen.items()
+    }
+    return arguments
+
+
+def say(text: str) -> None:
+    """Show progress: a line, as soon as it is known."""
+    print(text, flush=True)
+
+
+class _Lines:
+    """What a guest prints, shown line by line as it comes."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._rest = ""
+
+    def __call__(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            say(f"{self._prefix}: {line}")
+
+
+@dataclass
+class Tally:
+    """What is counted over all kernels."""
+
+    passed: int = 0
+    failed: int = 0
+
+    def fail(self, failure: object) -> None:
+        """Count something that is not as it must be, and say so."""
+        self.failed += 1
+        say(f"FAILED {failure}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be run on every kernel."""
+
+    userspaces: Mapping[str, Sequence[str]]  # the engines to try in each
+    unknown: Mapping[str, str]  # those that this kvmreq does not have, and why they may be refused
+    witnesses: Sequence[Path]
+    witnesses_on: Sequence[str] | None
+    out: Path
+    limit_s: int
+
+    def machine(self, series: str, userspace: str) -> Machine:
+        """Return the machine to boot."""
+        given = self.witnesses if self.witnesses_on is None or series in self.witnesses_on else ()
+        root = Path("/") if userspace == "debian12" else debian13.root(lambda text: say(text.strip()))
+        return Machine(root=root, limit_s=self.limit_s, given=given)
+
+
+def run_kernel(series: str, wanted: Wanted, tally: Tally) -> dict[str, Any]:
+    """Run everything on one kernel, and return its results."""
+    say(f"{series}: fetching")
+    kernel = kernels.fetch(series)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "series": series,
+        "release": kernel.release,
+        "version": kernel.version,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "userspaces": {},
+    }
+    for userspace, engines in wanted.userspaces.items():
+        where = f"{series} {userspace}"
+        folder = wanted.out / kernel.release / userspace
+        try:
+            machine = wanted.machine(series, userspace)
+            outcome = _boot(where, kernel, machine, userspace, folder, engines)
+            boot = verdicts.of_boot(folder)
+        except (MatrixError, OSError, ValueError) as error:
+            tally.fail(f"{where}: {error}")
+            result["userspaces"][userspace] = {"failed": str(error).splitlines()[0]}
+            continue
+        boot["boot_s"], boot["seconds"] = round(outcome.boot_s), round(outcome.seconds)
+        result["userspaces"][userspace] = boot
+        _tell(where, boot, {**verdicts.may_be_refused(boot), **wanted.unknown}, tally)
+        if outcome.status:
+            what = f"did not end within {machine.limit_s} s" if outcome.status == TIMED_OUT else "failed"
+            tally.fail(f"{where}: what runs inside {what}: {outcome.output[-2000:]}")
+    return result
+
+
+def _boot(
+    where: str, kernel: kernels.Kernel, machine: Machine, userspace: str, folder: Path, engines: Sequence[str]
+) -> Outcome:
+    # The interpreter that has what kvmreq imports: that of this process, or Debian 13's own.
+    python = sys.executable if userspace == "debian12" else "python3"
+    command = [python, "-m", "tests.matrix.inside", *engines]
+    say(f"{where}: booting {kernel.release} ({kernel.version})")
+    try:
+        return machine.run(kernel, command, folder, _Lines(where))
+    except BootError as error:
+        say(f"{error}\n{where}: did not come up, and is tried once more")
+        return machine.run(kernel, command, folder, _Lines(where))
+
+
+def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str], tally: Tally) -> None:
+    for engine in boot["engines"]:
+        name = f"{where} {engine['engine']}"
+        if engine["refused"] is not None:
+            say(f"{name}: refused: {engine['refused']}")
+            continue
+        counts = verdicts.counts({"engines": [engine]})
+        words = ", ".join(f"{counts[result]} {result}" for result in verdicts.RESULTS if counts[result])
+        say(f"{name}: {words or 'nothing judged'}; {round(engine['seconds'])} s")
+    counts = verdicts.counts(boot)
+    tally.passed += counts[verdicts.EXACT] + counts[verdicts.DECLARED]
+    for failure in verdicts.failures(where, boot, may_be_refused):
+        tally.fail(failure)
+    say(f"{where}: boot {boot['boot_s']} s, {boot['seconds']} s in all")
+
+
+def left_out(arguments: argparse.Namespace) -> list[str]:
+    """Return what was not asked for, in words: a restricted run must not look like a whole one."""
+    lines = [
+        f"{engine} in {userspace}"
+        for userspace, engines in arguments.userspaces.items()
+        for engine in ENGINES
+        if engine not in engines
+    ]
+    lines += [f"kernel {one}" for one in kernels.DEFAULT if one not in arguments.kernels]
+    if arguments.witnesses is not None:
+        lines += [f"KVM's own tests on {one}" for one in arguments.kernels if one not in arguments.witnesses]
+    return lines
+
+
+def _end(*_: object) -> None:
+    sys.exit(143)  # through the finally blocks: they end QEMU
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the matrix."""
+    signal.signal(signal.SIGTERM, _end)
+    arguments = parse(words)
+    arguments.kernels = arguments.kernels or list(kernels.DEFAULT)
+    began = time.monotonic()
+    tally = Tally()
+    results = arguments.results or cache() / "results"
+    try:
+        wanted = _prepare(arguments)
+    except MatrixError as error:
+        print(error, file=sys.stderr)
+        return 1
+    results.mkdir(parents=True, exist_ok=True)
+    for series in arguments.kernels:
+        try:
+            result = run_kernel(series, wanted, tally)
+        except MatrixError as error:
+            tally.fail(f"{series}: {error}")
+            continue
+        (results / f"{result['release']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for line in left_out(arguments):
+        say(f"left out: {line}")
+    say(f"results in {results}, recordings in {wanted.out}; {time.monotonic() - began:.0f} s")
+    say(f"{tally.passed} passed, {tally.failed} failed")
+    return 1 if tally.failed or not tally.passed else 0
+
+
+def _prepare(arguments: argparse.Namespace) -> Wanted:
+    if missing := missing_packages():
+        raise MatrixError(f"Debian packages are missing: make matrix installs {' '.join(missing)}")
+    virtme_ng()
+    for name in arguments.kernels:
+        kernels.series(name)
+    built: Sequence[Path] = ()
+    if arguments.witnesses is None or arguments.witnesses:
+        built = witnesses.programs(lambda text: say(text.strip()))
+    known = offered()
+    return Wanted(
+        userspaces={name: engines for name, engines in arguments.userspaces.items() if engines},
+        unknown={engine: "this kvmreq has none of that name" for engine in ENGINES if engine not in known},
+        witnesses=built,
+        witnesses_on=arguments.witnesses,
+        out=arguments.out or cache() / "matrix",
+        limit_s=arguments.limit,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""The matrix itself: what it calls wrong, what it lets pass, and that a restricted run says so. Boots nothing."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+
+from tests.matrix import MatrixError, apt, inside, kernels, suite, truth, verdicts
+
+LOST: dict[str, Any] = {"vm": 0, "vcpu": 0, "raised_by": "rsm", "end": "lost", "blind_saves": 1}
+TOLD: dict[str, Any] = {
+    "name": "lost", "begin_ns": 100, "end_ns": 200, "vms": 1, "lifecycles": [LOST], "shutdowns": [],
+}  # fmt: skip
+
+
+def report(*rows: dict[str, Any], vms: tuple[int, ...] = (7,)) -> dict[str, Any]:
+    """Return a report with VMs that began within TOLD, and one from before it with a request of its own."""
+    earlier = {**LOST, "vm": 1, "why": ""}
+    return {
+        "vms": [{"vm": 1, "first_ns": 50}, *({"vm": vm, "first_ns": 150 + vm} for vm in vms)],
+        "lifecycles": [earlier, *({"vm": vms[0], "why": "", **row} for row in rows)],
+        "shutdowns": [],
+    }
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """Return the row that TOLD must give, changed."""
+    return {**LOST, "vm": 7, **changes}
+
+
+def test_what_is_as_it_must_be_is_exact() -> None:
+    """Whatever happened before is not this run's."""
+    assert truth.differences(report(row()), TOLD) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "lifecycles lack"),
+        ([row(end="undecided", why="a gap")], "lifecycles lack"),
+        ([row(why="a gap")], "lifecycles have a doubt: a gap"),
+        ([row(blind_saves=2)], "lifecycles lack"),
+        ([row(), row()], "lifecycles have what they must not"),
+        ([row(raised_by="exception")], "lifecycles lack"),
+    ],
+)
+def test_what_differs_is_wrong(rows: list[dict[str, Any]], words: str) -> None:
+    """Each in words that name it."""
+    wrong, _ = truth.differences(report(*rows), TOLD)
+    assert wrong
+    assert wrong[0].startswith(words)
+
+
+def test_who_raised_it_may_be_hidden_inside_kvm_run() -> None:
+    """That is declared, and nothing but that."""
+    assert truth.differences(report(row(raised_by="kvm_run")), TOLD) == ([], ["raised_by is kvm_run, not rsm"])
+    wrong, _ = truth.differences(report(row(raised_by="kvm_run", end="open")), TOLD)
+    assert wrong
+
+
+@pytest.mark.parametrize("vms", [(7, 8), (7, 8, 9)])
+def test_each_vm_must_be_seen(vms: tuple[int, ...]) -> None:
+    """A VM too many is as wrong as one too few."""
+    assert truth.differences(report(row(), vms=vms), TOLD)[0] == [
+        f"it had 1 VMs, and the report has {len(vms)} of them"
+    ]
+
+
+def boot(**changes: Any) -> dict[str, Any]:
+    """Return the results of a boot in which everything was right, but for one engine's changes."""
+    engine = {
+        "engine": "kprobe", "refused": None, "status": 0, "clean": True, "loss": 0, "attached": 23,
+        "left_behind": [], "left_behind_by_kill": [],
+        "scenarios": {"lost": {"result": "exact", "reasons": []}, "rsm": {"result": "cannot run", "reasons": ["old"]}},
+        "witnesses": {},
+        **changes,
+    }  # fmt: skip
+    return {"headers": [], "complete": True, "kvm_has_btf": True, "bcc": "0.31.0", "engines": [engine]}
+
+
+def test_a_boot_in_which_all_is_right_has_no_failures() -> None:
+    """What this kernel cannot run counts as nothing."""
+    assert verdicts.failures("6.1", boot(), {}) == []
+    assert verdicts.counts(boot()) == {"exact": 1, "cannot run": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"refused": "no", "left_behind": []}, "refused: no"),
+        ({"status": 1}, "record ended with status 1"),
+        ({"clean": False}, "not cleanly"),
+        ({"loss": 3}, "3 events were lost"),
+        ({"attached": 0}, "was not seen in the kernel"),
+        ({"left_behind": ["BPF program 5"]}, "left behind after Ctrl-C: BPF program 5"),
+        ({"left_behind_by_kill": ["tracing instance kvmreq"]}, "left behind after kill -9: tracing instance kvmreq"),
+        ({"scenarios": {"lost": {"result": "wrong", "reasons": ["it is open"]}}}, "lost: it is open"),
+        ({"witnesses": {"smm_test": {"result": "wrong", "reasons": ["status 1"]}}}, "smm_test: status 1"),
+    ],
+)
+def test_each_failure_is_told(changes: dict[str, Any], words: str) -> None:
+    """One line each, with where."""
+    (failure,) = verdicts.failures("6.1", boot(**changes), {})
+    assert str(failure).startswith("6.1 kprobe: ")
+    assert words in str(failure)
+
+
+def test_an_engine_may_be_refused_only_where_that_is_known() -> None:
+    """fentry needs BTF of the module, and a BCC that reaches modules."""
+    refused = boot(engine="fentry", refused="no", left_behind=[])
+    assert verdicts.failures("x", refused, verdicts.may_be_refused(refused))
+    for change in ({"kvm_has_btf": False}, {"bcc": "0.26.0+ds-1"}):
+        known = verdicts.may_be_refused({**refused, **change})
+        assert list(known) == ["fentry"]
+        assert verdicts.failures("x", refused, known) == []
+
+
+def test_headers_and_an_early_end_are_failures() -> None:
+    """Both would make everything else worthless."""
+    failures = verdicts.failures("x", {**boot(), "headers": ["/lib/modules/x/build"], "complete": False}, {})
+    assert len(failures) == 2
+
+
+def test_what_a_restricted_run_leaves_out_is_said() -> None:
+    """A run of everything leaves nothing out."""
+    whole = suite.parse([])
+    whole.kernels = list(kernels.DEFAULT)
+    assert suite.left_out(whole) == []
+    part = suite.parse(["5.10", "6.1", "--debian13", "fentry", "--witnesses", "6.1"])
+    lines = suite.left_out(part)
+    assert "ftrace in debian13" in lines
+    assert not [line for line in lines if line.startswith("fentry") or line.endswith("debian12")]
+    assert "kernel newest" in lines
+    assert "KVM's own tests on 5.10" in lines
+
+
+def test_a_number_is_looked_for_in_every_suite() -> None:
+    """The newest first; a name that is none is refused with those that are."""
+    assert kernels.series("7.3").suites == ("sid",)
+    assert ("trixie-backports",) in kernels.series("7.3").elsewhere
+    with pytest.raises(MatrixError, match=r"known are 5\.10, 6\.1"):
+        kernels.series("latest")
+
+
+def test_work_in_a_child_comes_back_or_is_ended() -> None:
+    """A scenario that hangs or crashes costs its time limit, and the others go on."""
+    assert inside._in_child(lambda: {"vms": 1}, 10) == {"vms": 1}
+    assert "within 0 s" in inside._in_child(lambda: dict(iter(lambda: ("a", 1), None)), 0.2)["error"]
+    assert inside._in_child(lambda: {"vms": int("x")}, 10)["error"].startswith("ValueError")
+
+
+def test_examples() -> None:
+    """Those in docstrings hold."""
+    assert doctest.testmod(apt).failed == 0
