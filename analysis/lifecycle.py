@@ -502,7 +502,7 @@ class Lifecycles:
         if not len(index):
             return empty_lifecycles(), one
         row = np.concatenate((vanished, gone, over))
-        end, why = _ends(bit, kind, low, detail, succeeded, flags, gone)
+        end, why = _ends(bit, kind, low, succeeded, one["nested"][now_in], gone)
         last_save = one["last_save"][now_in[over]]
         stopped = np.array(["abandoned", "handed_over", "lost"], object)[last_save]
         stop_why = np.full(len(over), "", object)
@@ -632,11 +632,9 @@ def _raised_by(kind: Array, low: Array) -> Array:
     return by
 
 
-def _ends(
-    bit: int, kind: Array, low: Array, detail: Array, succeeded: Array, flags: Array, gone: Array
-) -> tuple[Array, Array]:
+def _ends(bit: int, kind: Array, low: Array, succeeded: Array, nested: Array, gone: Array) -> tuple[Array, Array]:
     """Return how the requests that are gone at these rows ended, and why nobody can tell if so."""
-    kind, low, detail, succeeded, flags = kind[gone], low[gone], detail[gone], succeeded[gone], flags[gone]
+    kind, low, succeeded, nested = kind[gone], low[gone], succeeded[gone], nested[gone]
     why = np.full(len(gone), "", object)
     inside = np.isin(kind, (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT))
     restore = kind == Kind.RESTORE
@@ -644,9 +642,9 @@ def _ends(
     if bit != TRIPLE_FAULT:
         return np.where(ioctl, "cleared", "serviced").astype(object), why
     end = np.full(len(gone), "undecided", object)
-    nested = (flags & Flag.NESTED) != 0
     end[ioctl] = "cleared"
     why[ioctl & ~restore] = "cleared by another ioctl than KVM_SET_VCPU_EVENTS"
+    # The vCPU can be in L1 again by the time that the word is read.
     end[inside & nested] = "reflected"
     end[(kind == Kind.SITE) & (low == Site.REFLECT)] = "reflected"
     end[(kind == Kind.RUN_EXIT) & succeeded & (low == KVM_EXIT_SHUTDOWN)] = "delivered"

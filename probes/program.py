@@ -40,13 +40,16 @@ _FIELDS = (
     ("OFFSET_DX", "pt_regs.dx", False),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
     ("OFFSET_TRIPLE_FAULT_EVENT", "kvm.arch.triple_fault_event", True),
-    # A statistic that is 1 while the vCPU runs L2; the flag in hflags has had two values.
+    # A statistic that is 1 while the vCPU runs L2 ("KVM: nVMX: nSVM: Add a new VCPU statistic to show if VCPU is in
+    # guest mode", after v5.10). Kernels before it have a flag in hflags, which then was bit 5; it moved later, so it is not
+    # asked where the statistic is there.
     ("OFFSET_GUEST_MODE", "kvm_vcpu.stat.guest_mode", True),
+    ("OFFSET_HFLAGS", "kvm_vcpu.arch.hflags", True),
 )
 
-# Every type whose size they need where bpf_task_pt_regs() is missing; newer kernels have no thread_union, which is as
-# large as the kernel stack of a task.
-_SIZES = (("SIZE_STACK", "thread_union"), ("SIZE_PT_REGS", "pt_regs"))
+# Every type whose size they need where bpf_task_pt_regs() is missing. The stack of a task (THREAD_SIZE) is as large as
+# that for interrupts (IRQ_STACK_SIZE): both are 4 pages, and more under KASAN (arch/x86/include/asm/page_64_types.h).
+_SIZES = (("SIZE_STACK", "irq_stack"), ("SIZE_PT_REGS", "pt_regs"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@
 #define KVM_EXIT_SHUTDOWN	8
 #define KVM_SYNC_X86_EVENTS	4
 #define X86_CR0_PE		1
+#define HF_GUEST_MASK		(1 << 5)	/* asm/kvm_host.h, as long as there is no statistic for it */
 #define SREGS_CR0		224	/* offsetof(struct kvm_sregs, cr0), and of struct kvm_sregs2: uapi */
 #define EVENTS_FLAGS		20	/* offsetof(struct kvm_vcpu_events, flags): uapi */
 #define EVENTS_PENDING		28	/* offsetof(struct kvm_vcpu_events, triple_fault.pending): uapi */
@@ -181,8 +182,11 @@ static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 	if (read_u8(state->kvm + OFFSET_TRIPLE_FAULT_EVENT))
 		flags |= FLAG_CAP;
 #endif
-#ifdef OFFSET_GUEST_MODE
+#if defined(OFFSET_GUEST_MODE)
 	if (read_u64(vcpu + OFFSET_GUEST_MODE))
+		flags |= FLAG_NESTED;
+#elif defined(OFFSET_HFLAGS)
+	if (read_u32(vcpu + OFFSET_HFLAGS) & HF_GUEST_MASK)
 		flags |= FLAG_NESTED;
 #endif
 	state->seen = flags;

@@ -197,7 +197,7 @@ class Oracle:
         request = vcpu.pending[bit]
         request.nested |= bool(event.flags & Flag.NESTED)
         if not now:
-            end, why = _end(bit, event)
+            end, why = _end(bit, event, request.nested)
             self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why)
             return
         if event.kind == Kind.RUN_EXIT:
@@ -279,7 +279,7 @@ def _raiser(event: Event) -> str:
     return "kvm_run" if event.kind in (Kind.RUN_EXIT, Kind.GUEST_ENTRY, Kind.GUEST_EXIT) else "remote"
 
 
-def _end(bit: int, event: Event) -> tuple[str, bool]:
+def _end(bit: int, event: Event, nested: bool) -> tuple[str, bool]:
     if event.kind in (Kind.IOCTL_EXIT, Kind.SAVE, Kind.RESTORE):
         return "cleared", bit == 10 and event.kind != Kind.RESTORE
     if bit != 10:
@@ -289,4 +289,4 @@ def _end(bit: int, event: Event) -> tuple[str, bool]:
     if event.kind == Kind.SITE and event.low == Site.REFLECT:
         return "reflected", False
     inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT)
-    return ("reflected", False) if inside and event.flags & Flag.NESTED else ("undecided", True)
+    return ("reflected", False) if inside and nested else ("undecided", True)

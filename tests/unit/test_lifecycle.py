@@ -145,6 +145,14 @@ def test_second_end_is_ignored() -> None:
     assert core.carried == 0
 
 
+def test_reflected_and_read_when_l1_ran_again() -> None:
+    """What was pending in L2 and vanished without a shutdown exit went to L1, wherever the vCPU is by then."""
+    tape = Tape().add(Kind.SITE, TF, Site.NESTED_VMEXIT, flags=Flag.NESTED).add(Kind.RUN_EXIT, 0, 2)
+    row = tape.one()
+    assert (row["end"], row["nested"], row["why"]) == ("reflected", True, "")
+    assert Tape().add(Kind.SITE, TF, Site.EXCEPTION).add(Kind.RUN_EXIT, 0, 2).one()["end"] == "undecided"
+
+
 def test_reflected() -> None:
     tape = Tape(Flag.CREATED | Flag.NESTED)
     row = tape.raised().add(Kind.SITE, 0, Site.REFLECT).one()
