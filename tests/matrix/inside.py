@@ -16,6 +16,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,8 @@ class Record:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.notes = self.path.with_suffix(".notes")
+        # Not in $MATRIX_OUT: to read there what another process is writing fails on 9p ("No data available", 7.3.4).
+        self.notes = Path(tempfile.gettempdir(), f"{self.path.name}.notes")
         with self.notes.open("wb") as notes:
             self.process = subprocess.Popen(
                 [sys.executable, "kvmreq.py", "record", "-o", str(self.path), "--engine", self.engine],
@@ -268,6 +270,7 @@ def main(words: Sequence[str]) -> int:
             **{program.name: without for program in witnesses if without is not None},
         },
         "engines": [],
+        "failed": [],
         "complete": False,
     }
     if without is not None:
@@ -279,9 +282,14 @@ def main(words: Sequence[str]) -> int:
 
     for engine in arguments.engines:
         keep()
-        told["engines"].append(try_engine(engine, out, names, witnesses))
-    told["complete"] = True
+        try:
+            told["engines"].append(try_engine(engine, out, names, witnesses))
+        except OSError as error:  # of this engine alone: the others are still worth trying
+            told["failed"].append(f"{engine}: {error}")
+    told["complete"] = not told["failed"]
     keep()
+    for failure in told["failed"]:
+        say(f"failed: {failure}")
     return 0
 
 
