@@ -5,19 +5,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lab import runner
-from lab.scenarios import SCENARIOS
+from lab import check, runner
+from lab.scenarios import RAISED_INSIDE_KVM_RUN
+from probes.plan import tells
 
 Row = Mapping[str, Any]
-
-# What one engine sees and another does not: an engine that has no hook inside KVM_RUN says kvm_run instead.
-_HIDDEN = "raised_by"
-_INSIDE = "kvm_run"
 
 
 def scenarios() -> dict[str, str | None]:
@@ -26,57 +21,56 @@ def scenarios() -> dict[str, str | None]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """Run a scenario, and return when, and what a trace of it must show."""
-    begin_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-    truth = runner.run(name)
-    return {
-        "name": name,
-        "pid": os.getpid(),
-        "begin_ns": begin_ns,
-        "end_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
-        "vms": SCENARIOS[name].vms,
-        "lifecycles": truth.lifecycles,
-        "shutdowns": truth.shutdowns,
-    }
+    """Run a scenario, and return what the lab tells of it."""
+    return {"told": runner.run_and_tell(name).as_json()}
 
 
-def differences(report: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return in what a report differs from what was told of one run: what is wrong, and what the engine cannot see.
+def differences(report: Mapping[str, Any], told: str) -> tuple[list[str], list[str]]:
+    """Return in what a report differs from what was told of one run: what is wrong, and what the engine cannot see."""
+    one = runner.Run.from_json(told)
+    if not check.differences(report, one, RAISED_INSIDE_KVM_RUN):
+        return [], []
+    told_by = tells(report["recording"]["plan"])
+    return check.differences(report, one, told_by), _hidden(one.truth().lifecycles, one.truth(told_by).lifecycles)
 
-    The run's VMs are those that began while it ran: nothing else runs VMs in the matrix.
+
+def _hidden(all_there_is: Iterable[Row], seen: Iterable[Row]) -> list[str]:
+    left = list(seen)
+    hidden = []
+    for one in all_there_is:
+        anonymous = {**one, "raised_by": "kvm_run"}
+        if one in left:
+            left.remove(one)
+        elif anonymous in left:
+            left.remove(anonymous)
+            hidden.append(f"raised_by is kvm_run, not {one['raised_by']}")
+        else:
+            hidden.append(f"raised by {one['raised_by']} and {one['end']} inside one KVM_RUN: not seen")
+    return hidden
+
+
+def compared(report: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """Return in what a report differs from what is known of one of the kernel's own tests.
+
+    Its VMs are those that began while it ran: nothing else runs VMs in the matrix.
     """
     mine = [vm for vm in report["vms"] if told["begin_ns"] <= vm["first_ns"] <= told["end_ns"]]
     if len(mine) != told["vms"]:
-        return [f"it had {told['vms']} VMs, and the report has {len(mine)} of them"], []
+        return [f"it had {told['vms']} VMs, and the report has {len(mine)} of them"]
     order = {vm["vm"]: place for place, vm in enumerate(sorted(mine, key=lambda vm: (vm["first_ns"], vm["vm"])))}
-    wrong: list[str] = []
-    hidden: list[str] = []
+    wrong = []
     for what in ("lifecycles", "shutdowns"):
-        rows: list[Row] = [{**row, "vm": order[row["vm"]]} for row in report[what] if row["vm"] in order]
-        _compare(what, rows, told[what], wrong, hidden)
-    return wrong, hidden
-
-
-def _compare(what: str, rows: list[Row], must: Iterable[Row], wrong: list[str], hidden: list[str]) -> None:
-    left = list(rows)
-    for one in must:
-        found = next((row for row in left if _same(row, one)), None)
-        if found is None:
-            # Once more with less: an engine may not see who raised it.
-            found = next((row for row in left if row.get(_HIDDEN) == _INSIDE and _same(row, one, _HIDDEN)), None)
-            if found is not None:
-                hidden.append(f"{_HIDDEN} is {_INSIDE}, not {one[_HIDDEN]}")
-        if found is None:
-            wrong.append(f"{what} lack {dict(one)}")
-            continue
-        left.remove(found)
-        if found.get("why"):
-            wrong.append(f"{what} have a doubt: {found['why']}")
-    wrong += [f"{what} have what they must not: {_short(row)}" for row in left]
-
-
-def _same(row: Row, one: Row, without: str = "") -> bool:
-    return all(row[key] == value for key, value in one.items() if key != without)
+        left: list[Row] = [{**row, "vm": order[row["vm"]]} for row in report[what] if row["vm"] in order]
+        for one in told[what]:
+            found = next((row for row in left if all(row[key] == value for key, value in one.items())), None)
+            if found is None:
+                wrong.append(f"{what} lack {dict(one)}")
+                continue
+            left.remove(found)
+            if found.get("why"):
+                wrong.append(f"{what} have a doubt: {found['why']}")
+        wrong += [f"{what} have what they must not: {_short(row)}" for row in left]
+    return wrong
 
 
 def _short(row: Row) -> dict[str, Any]:

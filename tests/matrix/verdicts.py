@@ -70,14 +70,15 @@ def _of_engine(folder: Path, told: Mapping[str, Any], engine: Mapping[str, Any])
 def _compared(report: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in run:
         return {"result": WRONG, "reasons": [f"the scenario failed: {run['error']}"]}
-    wrong, hidden = truth.differences(report, run)
+    wrong, hidden = truth.differences(report, run["told"])
     return {"result": WRONG if wrong else DECLARED if hidden else EXACT, "reasons": wrong or sorted(set(hidden))}
 
 
 def _witnessed(report: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     if run["status"]:
         return {"result": WRONG, "reasons": [f"the test ended with status {run['status']}: {run['said']}"]}
-    return _compared(report, {**EXPECT[run["name"]], **run})
+    wrong = truth.compared(report, {**EXPECT[run["name"]], **run})
+    return {"result": WRONG if wrong else EXACT, "reasons": wrong}
 
 
 def may_be_refused(boot: Mapping[str, Any]) -> dict[str, str]:
