@@ -41,8 +41,8 @@ _FIELDS = (
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
     ("OFFSET_TRIPLE_FAULT_EVENT", "kvm.arch.triple_fault_event", True),
     # A statistic that is 1 while the vCPU runs L2 ("KVM: nVMX: nSVM: Add a new VCPU statistic to show if VCPU is in
-    # guest mode", after v5.10). Kernels before it have a flag in hflags, which then was bit 5; it moved later, so it is not
-    # asked where the statistic is there.
+    # guest mode", after v5.10). Kernels before it have a flag in hflags, which then was bit 5; it moved later, so it is
+    # not asked where the statistic is there.
     ("OFFSET_GUEST_MODE", "kvm_vcpu.stat.guest_mode", True),
     ("OFFSET_HFLAGS", "kvm_vcpu.arch.hflags", True),
 )
