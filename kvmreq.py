@@ -397,7 +397,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    engines = ("auto", "kprobe", "tracepoint")
+    engines = ("auto", "kprobe", "tracepoint", "ftrace")
     one = verb("doctor", doctor, "kvmreq doctor", "kvmreq doctor --json | jq .engines")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
 
