@@ -389,7 +389,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    engines = ("auto", "fentry", "kprobe", "tracepoint")
+    engines = ("auto", "fentry", "kprobe", "tracepoint", "ftrace")
     one = verb("doctor", doctor, "kvmreq doctor", "kvmreq doctor --json | jq .engines")
     one.add_argument("--json", action="store_true", help="print the findings as JSON")
 

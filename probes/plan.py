@@ -22,6 +22,12 @@ class Via(StrEnum):
     KRETPROBE = "kretprobe"
     FENTRY = "fentry"
     FEXIT = "fexit"
+    KPROBE_EVENT = "kprobe_event"
+    KRETPROBE_EVENT = "kretprobe_event"
+    TRACE_EVENT = "trace_event"
+
+
+_TRACEPOINTS = (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)
 
 
 @dataclass(frozen=True)
@@ -243,10 +249,93 @@ _TRAMPOLINES = {Via.KPROBE: Via.FENTRY, Via.KRETPROBE: Via.FEXIT}
 FENTRY = tuple(replace(hook, via=_TRAMPOLINES.get(hook.via, hook.via)) for hook in KPROBE)
 FENTRY_BLIND = KPROBE_BLIND
 
+
+def _event(hook: Hook) -> Hook:
+    """Return the probe event that does for the ftrace engine what a program does for the kprobe engine."""
+    via, program, required = _FTRACE_EVENTS.get(hook.program, (Via.KRETPROBE_EVENT, f"site_{hook.target}", False))
+    target = hook.target if via is not Via.TRACE_EVENT else _SYSTEMS[hook.target]
+    return replace(hook, via=via, target=target, program=program, required=hook.required or required)
+
+
+# By the kprobe engine's program: how tracefs does it, as what, and whether this engine cannot do without it.
+_FTRACE_EVENTS = {
+    "on_kvm_arch_vcpu_create": (Via.KPROBE_EVENT, "vcpu_create", True),
+    "on_kvm_arch_vcpu_destroy": (Via.KPROBE_EVENT, "vcpu_destroy", True),
+    "on_kvm_destroy_vm": (Via.KPROBE_EVENT, "vm_destroy", False),
+    "on_userspace_exit": (Via.TRACE_EVENT, "kvm_userspace_exit", True),
+    "on_thread_exit": (Via.TRACE_EVENT, "sched_process_exit", False),
+    "after_kvm_arch_vcpu_ioctl": (Via.KRETPROBE_EVENT, "ioctl_end", True),
+    "after_set_vcpu_events": (Via.KRETPROBE_EVENT, "set_events_end", False),
+    "after_kvm_vm_ioctl_enable_cap": (Via.KRETPROBE_EVENT, "enable_cap_end", False),
+    "on_kvm_vm_ioctl_enable_cap": (Via.KPROBE_EVENT, "enable_cap", False),
+    "on_kvm_vcpu_reset": (Via.KPROBE_EVENT, "vcpu_reset", False),
+    "on_kvm_vcpu_ioctl": (Via.KPROBE_EVENT, "vcpu_ioctl", True),
+}
+_SYSTEMS = {
+    "kvm_userspace_exit": "kvm:kvm_userspace_exit",
+    "sched_process_exit": "sched:sched_process_exit",
+}
+_GET_EVENTS = "kvm_vcpu_ioctl_x86_get_vcpu_events"
+_SET_EVENTS = "kvm_vcpu_ioctl_x86_set_vcpu_events"
+_FTRACE_OWN = (
+    Hook(
+        "KVM_RUN or another vCPU ioctl is about to return, with which requests",
+        Via.KPROBE_EVENT,
+        "vcpu_put",
+        "vcpu_put",
+        "the requests with which an ioctl returns: nothing can be judged",
+        required=True,
+    ),
+    Hook(
+        "what KVM_GET_VCPU_EVENTS gave, read where it returns",
+        Via.KRETPROBE_EVENT,
+        _GET_EVENTS,
+        "get_events_end",
+        "the bytes that a save gave: told by KVM's rule instead, which is to give a pending triple fault exactly if "
+        "the capability is enabled",
+    ),
+    Hook(
+        "KVM_GET_VCPU_EVENTS begins, with which requests and capability",
+        Via.KPROBE_EVENT,
+        _GET_EVENTS,
+        "get_events",
+        "the requests in the middle of a save: those at its end are taken",
+    ),
+    Hook(
+        "KVM_SET_VCPU_EVENTS begins, with its payload",
+        Via.KPROBE_EVENT,
+        _SET_EVENTS,
+        "set_events",
+        "what a restore set",
+    ),
+)
+# Of the kprobe engine's hooks: what its functions cannot be asked by fetch arguments is replaced by hooks of its own.
+FTRACE = (
+    *(
+        _event(hook)
+        for hook in KPROBE[:-1]
+        if hook.program in _FTRACE_EVENTS or (hook.via is Via.KRETPROBE and hook.site is not None)
+    ),
+    *_FTRACE_OWN,
+    _event(KPROBE[-1]),
+)
+FTRACE_BLIND = (
+    *KPROBE_BLIND,
+    Blind(
+        "whether an ioctl that writes registers succeeded (KVM_SET_REGS, KVM_SET_SREGS)",
+        "it counts as a success: only its requests are read where it ends",
+    ),
+    Blind(
+        "the requests after a function inside KVM whose caller keeps the vCPU in no register",
+        "raised_by is kvm_run there",
+    ),
+)
+
 HOOKS: Mapping[str, tuple[tuple[Hook, ...], tuple[Blind, ...]]] = {
     "tracepoint": (TRACEPOINT, TRACEPOINT_BLIND),
     "kprobe": (KPROBE, KPROBE_BLIND),
     "fentry": (FENTRY, FENTRY_BLIND),
+    "ftrace": (FTRACE, FTRACE_BLIND),
 }
 
 
@@ -279,7 +368,7 @@ def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) 
     hooks, blind = HOOKS[engine]
 
     def missing(hook: Hook) -> str | None:
-        if hook.via is Via.RAW_TRACEPOINT:
+        if hook.via in _TRACEPOINTS:
             return None if hook.target in tracepoints else "this kernel has no such tracepoint"
         return None if hook.target in functions else "this kernel has no such function, or it is inlined"
 

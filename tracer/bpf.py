@@ -1,7 +1,7 @@
 """The BPF engines: programs compiled by BCC, attached by the plan, read through the mapped ring.
 
-The only importer of bcc. Everything that BCC or the kernel prints while it fails goes into the error, not to the
-terminal.
+The only importer of bcc, beside the question that fentry.py asks. Everything that BCC or the kernel prints while it
+fails goes into the error, not to the terminal.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from probes import plan as plans
 from probes import program
 from probes.btf import Btf, MissingField
 from probes.plan import Hook, Plan, Via
 from probes.schema import EVENT
 from tracer import host
 from tracer.errors import CannotTrace
-from tracer.fentry import no_fentry
 from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
 
@@ -51,41 +48,6 @@ class _ProgInfo(ctypes.Structure):
 class _GetInfo(ctypes.Structure):
     # The `info` member of union bpf_attr (uapi linux/bpf.h).
     _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An engine and the reason why it was taken, or why it cannot be."""
-
-    engine: str
-    plan: Plan | None
-    why_not: str | None
-
-
-def choices() -> list[Choice]:
-    """Return every BPF engine, the best first, each with its plan or the reason why it cannot work here."""
-    return [_choice("fentry"), _choice("kprobe"), _choice("tracepoint")]
-
-
-def _choice(engine: str) -> Choice:
-    reason = host.not_allowed() or host.no_btf()
-    if reason is None and engine == "kprobe":
-        reason = host.no_kprobes()
-    if reason is None and engine == "fentry":
-        reason = no_fentry()
-    if reason is not None:
-        return Choice(engine, None, reason)
-    hooks = plans.HOOKS[engine][0]
-    tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
-    functions = (
-        host.addresses(hook.target for hook in hooks if hook.via is not Via.RAW_TRACEPOINT)
-        if any(hook.via is not Via.RAW_TRACEPOINT for hook in hooks)
-        else {}
-    )
-    plan = plans.make(engine, functions, tracepoints)
-    if plan.hopeless and not host.kvm().flavours:
-        return Choice(engine, plan, "KVM is not loaded: load kvm_intel or kvm_amd")
-    return Choice(engine, plan, plan.hopeless)
 
 
 @contextmanager
@@ -279,7 +241,7 @@ class Engine:
         self._ring.close()
         self._bpf.cleanup()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from probes.program import Settings, offsets
 from probes.requests import TRIPLE_FAULT
 from probes.schema import KVM_EXIT_SHUTDOWN, Flag, Kind
 from tracer import guests, host
-from tracer.bpf import Choice, Engine, choices
+from tracer.engines import Choice, Engine, choices, open_engine
 from tracer.errors import KvmreqError
 
 _AWAIT_S = 2.0
@@ -107,7 +107,7 @@ def _self_test(choice: Choice) -> Check:
         return Check(name, False, f"not run: {choice.why_not}")
     mask = 1 << TRIPLE_FAULT
     try:
-        with Engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
+        with open_engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
             engine.attach()
             lab.runner.run("delivered")
             me = _own_events()
@@ -146,7 +146,9 @@ def _guests(choice: Choice) -> list[dict[str, Any]]:
     if running and choice.plan is not None and choice.why_not is None:
         try:
             mask = 1 << TRIPLE_FAULT
-            with Engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
+            with open_engine(
+                choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)
+            ) as engine:
                 engine.attach()
                 for pid, descriptors in running.items():
                     with engine.asking_for(pid):

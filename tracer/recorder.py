@@ -22,7 +22,7 @@ from probes.plan import Plan
 from probes.program import Settings
 from probes.schema import SCHEMA_VERSION, Kind
 from tracer import guests, host
-from tracer.bpf import Choice, Engine, choices
+from tracer.engines import Choice, Engine, choices, open_engine
 from tracer.errors import CannotTrace, KvmreqError
 from tracer.loss import Loss
 from tracer.recording import Writer
@@ -139,7 +139,7 @@ class Recorder:
         self.plan = chosen.plan
         clock = host.clock_pair()
         kvm = host.kvm()
-        self._engine = Engine(
+        self._engine: Engine = open_engine(
             chosen.plan,
             Settings(
                 watched=sum(1 << bit for bit in names),

@@ -8,8 +8,9 @@ import pytest
 
 from probes.plan import HOOKS, Via, make
 
-FUNCTIONS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via is not Via.RAW_TRACEPOINT}
-TRACEPOINTS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via is Via.RAW_TRACEPOINT}
+EVENTS = (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)
+FUNCTIONS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via not in EVENTS}
+TRACEPOINTS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via in EVENTS}
 
 
 @pytest.mark.parametrize("engine", HOOKS)
@@ -59,4 +60,4 @@ def test_a_kernel_without_anything_has_no_hope(engine: str) -> None:
 @pytest.mark.parametrize("engine", HOOKS)
 def test_what_ends_an_ioctl_is_set_before_what_begins_one(engine: str) -> None:
     """Else a begin would go without its end while the hooks are being set."""
-    assert HOOKS[engine][0][-1].program in ("on_sys_enter", "on_kvm_vcpu_ioctl")
+    assert HOOKS[engine][0][-1].program in ("on_sys_enter", "on_kvm_vcpu_ioctl", "vcpu_ioctl")

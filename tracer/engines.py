@@ -1,0 +1,125 @@
+"""Every engine, the best first: which of them works here and why the others do not, and the one that is opened.
+
+BCC is imported where a BPF engine is opened and nowhere else: the ftrace engine is for hosts that have none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from probes import plan as plans
+from probes.plan import Plan, Via
+from probes.program import Settings
+from tracer import ftrace, host
+from tracer.fentry import no_fentry
+from tracer.loss import Loss
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and the reason why it was taken, or why it cannot be."""
+
+    engine: str
+    plan: Plan | None
+    why_not: str | None
+
+
+class Engine(Protocol):
+    """Hooks in the running kernel, and what they have to say. Leaving it takes them all away."""
+
+    plan: Plan
+    unseen: list[str]  # what hooks that the kernel refused would have told
+
+    def attach(self) -> None:
+        """Set every hook of the plan, in its order."""
+
+    def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
+        """Return the events that wait, ``most`` at the most."""
+
+    @property
+    def pending(self) -> int:
+        """Return how many events are known to wait."""
+
+    def counters(self) -> dict[str, int]:
+        """Return totals: events produced, boundaries read and so on."""
+
+    def loss(self) -> Loss:
+        """Return what was lost in the kernel until now."""
+
+    def asking_for(self, pid: int) -> AbstractContextManager[None]:
+        """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
+
+    def descriptors_of(self, pid: int, low: int, high: int) -> None:
+        """Tell the hooks between which descriptors the vCPUs of a process lie."""
+
+    def sweep(self, ended: set[int]) -> None:
+        """Forget the vCPUs of processes that have ended."""
+
+    def detach(self) -> None:
+        """Take every hook away. What waits can still be drained."""
+
+    def close(self) -> None:
+        """Detach and free everything."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+#: In the order of preference.
+_ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
+
+
+def choices() -> list[Choice]:
+    """Return every engine, the best first, each with its plan or the reason why it cannot work here."""
+    return [_choice(engine) for engine in _ENGINES]
+
+
+def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Engine:
+    """Return the engine of a plan, not yet attached. Raises CannotTrace."""
+    if plan.engine == "ftrace":
+        return ftrace.Engine(plan, settings, pids)
+    from tracer import bpf
+
+    return bpf.Engine(plan, settings, pids)
+
+
+def no_bcc() -> str | None:
+    """Say why the BPF engines cannot be used, if Python has no bcc."""
+    try:
+        found = importlib.util.find_spec("bcc")
+    except (ImportError, ValueError):
+        found = None
+    return None if found else "Python cannot import bcc: install the package python3-bpfcc"
+
+
+def _refused(engine: str) -> str | None:
+    if engine == "ftrace":
+        return ftrace.refused()
+    reason = host.not_allowed() or host.no_btf() or no_bcc()
+    if reason is None and engine == "kprobe":
+        reason = host.no_kprobes()
+    if reason is None and engine == "fentry":
+        reason = no_fentry()
+    return reason
+
+
+def _choice(engine: str) -> Choice:
+    reason = _refused(engine)
+    if reason is not None:
+        return Choice(engine, None, reason)
+    hooks = plans.HOOKS[engine][0]
+    tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
+    tracepoints |= ftrace.events(hook.target for hook in hooks if hook.via is Via.TRACE_EVENT)
+    functions = {hook.target for hook in hooks if hook.via not in (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)}
+    plan = plans.make(engine, host.addresses(functions) if functions else {}, tracepoints)
+    if plan.hopeless and not host.kvm().flavours:
+        return Choice(engine, plan, "KVM is not loaded: load kvm_intel or kvm_amd")
+    return Choice(engine, plan, plan.hopeless)

@@ -1,0 +1,378 @@
+"""The state of every vCPU, kept in user space: records of the ftrace engine's probes in, events out.
+
+Pure. It is what probes/programs/vcpu.c keeps in maps inside the kernel, for an engine that has no programs there.
+Records must come in the order of their times; those of one thread, and those of one vCPU, then tell its story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from probes.fetch import PRESERVED
+from probes.requests import TRIPLE_FAULT
+from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+
+# ioctls of a vCPU (uapi linux/kvm.h).
+KVM_RUN = 0xAE80
+KVM_GET_VCPU_EVENTS = 0x8040AE9F
+KVM_SET_VCPU_EVENTS = 0x4040AEA0
+_KVM_SET_REGS, _KVM_SET_SREGS, _KVM_SET_SREGS2 = 0x4090AE82, 0x4138AE84, 0x4140AECD
+_WRITE_REGISTERS = (_KVM_SET_REGS, _KVM_SET_SREGS, _KVM_SET_SREGS2)
+# Those that kvm_vcpu_ioctl() handles itself: kvm_arch_vcpu_ioctl(), where the others end, does not see them.
+_GENERIC = frozenset(
+    (
+        _KVM_SET_REGS,
+        _KVM_SET_SREGS,
+        0x8090AE81,  # KVM_GET_REGS
+        0x8138AE83,  # KVM_GET_SREGS
+        0xC018AE85,  # KVM_TRANSLATE
+        0x8004AE98,  # KVM_GET_MP_STATE
+        0x4004AE99,  # KVM_SET_MP_STATE
+        0x4048AE9B,  # KVM_SET_GUEST_DEBUG
+        0x81A0AE8C,  # KVM_GET_FPU
+        0x41A0AE8D,  # KVM_SET_FPU
+    )
+)
+KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
+_KVM_SYNC_X86_EVENTS = 4
+_X86_CR0_PE = 1
+_ALWAYS = (1 << 64) - 1
+_BIT = 1 << TRIPLE_FAULT
+
+
+def _errno(value: int) -> int:
+    return (value & 0xFFFFFFFF) << 32
+
+
+def _payload(flags: int, pending: int) -> int:
+    return (flags & PAYLOAD_FLAGS) | (PAYLOAD_PENDING if pending else 0)
+
+
+@dataclass(slots=True)
+class _Vcpu:
+    number: int
+    vm: int
+    vcpu_id: int
+    pid: int
+    flags: int  # Flag.CREATED, Flag.CAP_EXISTS
+    seen: int = 0  # the flags of its last event
+    last_ns: int = 0
+    word: int = 0
+    seq: int = 0
+
+
+@dataclass(slots=True)
+class _Reading:
+    """The word of a vCPU, as one record tells it, and what held then."""
+
+    time_ns: int
+    word: int
+    cap: int
+    nested: int
+
+
+@dataclass(slots=True)
+class _Inside:
+    """The ioctl that a thread is inside."""
+
+    vcpu: int
+    cmd: int
+    reading: _Reading | None = None  # where it was about to return
+    begun: _Reading | None = None  # where KVM_{GET,SET}_VCPU_EVENTS began
+    payload: int | None = None  # what KVM_SET_VCPU_EVENTS was given, or KVM_GET_VCPU_EVENTS gave
+    sync: tuple[int, int] = (0, 0)  # kvm_run's valid registers, and the events that it holds
+
+
+@dataclass
+class Vcpus:
+    """The machine. ``owner_of`` tells the process of a thread, where the kernel does not."""
+
+    watched: int
+    cap_exists: bool
+    full: bool = False
+    pids: Collection[int] = ()
+    owner_of: Callable[[int], int] = lambda thread: thread
+    sites: Mapping[str, Site] = field(default_factory=dict)  # by program
+    events: list[tuple[int, ...]] = field(default_factory=list)  # made and not yet taken; fields of schema.EVENT
+    boundaries: int = 0
+
+    def __post_init__(self) -> None:
+        self._vcpus: dict[int, _Vcpu] = {}
+        self._threads: dict[int, _Inside] = {}
+        self._vms: dict[int, tuple[int, int]] = {}
+        self._enabling: dict[int, tuple[int, int, int]] = {}
+        self._numbers = 0
+        #: What takes the records of each probe: (record, time, CPU).
+        self.takes: dict[str, Callable[[Any, int, int], None]] = {
+            "vcpu_ioctl": self._ioctl,
+            "vcpu_put": self._put,
+            "kvm_userspace_exit": self._userspace_exit,
+            "ioctl_end": self._ioctl_end,
+            "get_events": self._get_events,
+            "get_events_end": self._get_events_end,
+            "set_events": self._set_events,
+            "set_events_end": self._set_events_end,
+            "vcpu_create": self._create,
+            "vcpu_destroy": self._destroy,
+            "vm_destroy": self._vm_destroy,
+            "vcpu_reset": self._reset,
+            "enable_cap": self._enable_cap,
+            "enable_cap_end": self._enable_cap_end,
+            "sched_process_exit": self._thread_exit,
+            **{program: partial(self._site, site) for program, site in self.sites.items()},
+        }
+
+    def sweep(self, ended: set[int]) -> None:
+        """Forget the vCPUs of processes that have ended."""
+        self._vcpus = {address: state for address, state in self._vcpus.items() if state.pid not in ended}
+
+    # --- events ---------------------------------------------------------------------------------------------
+
+    def _put_event(
+        self, state: _Vcpu, reading: _Reading, before: tuple[int, int], what: tuple[int, int, int], who: tuple[int, int]
+    ) -> None:
+        # before: time and word; what: kind, arg, detail; who: thread, CPU
+        state.seq += 1
+        kind, arg, detail = what
+        tid, cpu = who
+        since_ns, word = before
+        self.events.append(
+            (
+                *(reading.time_ns, since_ns, reading.word, word, arg, state.number, state.seq, state.pid),
+                *(tid, detail, cpu, kind, state.seen),
+            )
+        )
+
+    def _boundary(
+        self,
+        state: _Vcpu,
+        reading: _Reading,
+        what: tuple[int, int, int],
+        who: tuple[int, int],
+        send_if: int = 0,
+        flags: int = 0,
+    ) -> None:
+        """Read the word. An event is made if a watched bit changed, or ``send_if`` wants it."""
+        before = state.last_ns, state.word
+        state.last_ns, state.word = reading.time_ns, reading.word
+        self.boundaries += 1
+        changed = (reading.word ^ before[1]) & self.watched
+        if changed or send_if == _ALWAYS or reading.word & send_if or self.full:
+            state.seen = self._live(state, reading) | flags
+            self._put_event(state, reading, before, what, who)
+
+    @staticmethod
+    def _live(state: _Vcpu, reading: _Reading) -> int:
+        return state.flags | (Flag.CAP if reading.cap else 0) | (Flag.NESTED if reading.nested else 0)
+
+    def _whole_vm(self, time_ns: int, pid: int, what: tuple[int, int, int], who: tuple[int, int]) -> None:
+        self.events.append((time_ns, 0, 0, 0, what[1], 0, 0, pid, who[0], what[2], who[1], what[0], 0))
+
+    # --- vCPUs and VMs --------------------------------------------------------------------------------------
+
+    def _reading(self, record: Any, time_ns: int) -> _Reading:
+        # A kernel without the capability, or without the statistic, has no such fetch argument.
+        return _Reading(time_ns, record.requests, getattr(record, "cap", 0), getattr(record, "nested", 0))
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _pid(self, record: Any) -> int:
+        if hasattr(record, "creator"):
+            return self.owner_of(record.creator)
+        return int(record.tgid) if record.owner else self.owner_of(record.common_pid)
+
+    def _vm(self, kvm: int, pid: int) -> int:
+        known = self._vms.get(kvm)
+        if known is None or known[1] != pid:
+            known = self._vms[kvm] = self._number(), pid
+        return known[0]
+
+    def _begin(self, record: Any, time_ns: int, cpu: int, flags: int = 0) -> _Vcpu | None:
+        pid = self._pid(record)
+        if self.pids and pid not in self.pids:
+            return None
+        flags |= Flag.CAP_EXISTS if self.cap_exists else 0
+        number = self._number()
+        state = _Vcpu(number, self._vm(record.kvm, pid), record.vcpu_id, pid, flags)
+        self._vcpus[record.vcpu] = state
+        what = Kind.VCPU_NEW, state.vcpu_id, state.vm
+        self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), _ALWAYS)
+        return state
+
+    def _create(self, record: Any, time_ns: int, cpu: int) -> None:
+        stale = self._vcpus.pop(record.vcpu, None)
+        if stale is not None:
+            # Its memory is another vCPU's by now, so the word is the last one that was read.
+            reading = _Reading(time_ns, stale.word, 0, 0)
+            what = Kind.VCPU_END, End.REUSED, 0
+            self._put_event(stale, reading, (stale.last_ns, stale.word), what, (record.common_pid, cpu))
+        self._begin(record, time_ns, cpu, Flag.CREATED)
+
+    def _destroy(self, record: Any, time_ns: int, cpu: int) -> None:
+        state = self._vcpus.get(record.vcpu) or self._begin(record, time_ns, cpu)
+        if state is not None:
+            what = Kind.VCPU_END, End.DESTROYED, 0
+            self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), _ALWAYS)
+            del self._vcpus[record.vcpu]
+
+    def _vm_destroy(self, record: Any, _time_ns: int, _cpu: int) -> None:
+        self._vms.pop(record.kvm, None)
+
+    def _reset(self, record: Any, time_ns: int, cpu: int) -> None:
+        state = self._vcpus.get(record.vcpu)
+        if state is not None:
+            what = Kind.RESET, 0, 0
+            self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), self.watched)
+
+    def _enable_cap(self, record: Any, _time_ns: int, _cpu: int) -> None:
+        if record.cap == KVM_CAP_X86_TRIPLE_FAULT_EVENT:
+            self._enabling[record.common_pid] = record.kvm, self._pid(record), int(record.value != 0)
+
+    def _enable_cap_end(self, record: Any, time_ns: int, cpu: int) -> None:
+        enabling = self._enabling.pop(record.common_pid, None)
+        if enabling is None or record.ret:
+            return
+        kvm, pid, value = enabling
+        if not self.pids or pid in self.pids:
+            what = Kind.VM_CAP, value, self._vm(kvm, pid)
+            self._whole_vm(time_ns, pid, what, (record.common_pid, cpu))
+
+    def _thread_exit(self, record: Any, _time_ns: int, _cpu: int) -> None:
+        self._threads.pop(record.common_pid, None)
+        self._enabling.pop(record.common_pid, None)
+
+    # --- ioctls ---------------------------------------------------------------------------------------------
+
+    def _ioctl(self, record: Any, time_ns: int, cpu: int) -> None:
+        if not record.vcpu:
+            return
+        state = self._vcpus.get(record.vcpu) or self._begin(record, time_ns, cpu)
+        if state is None:
+            return
+        cmd = record.cmd
+        self._threads[record.common_pid] = _Inside(record.vcpu, cmd)
+        what = Kind.RUN_ENTER if cmd == KVM_RUN else Kind.IOCTL_ENTER, cmd, 0
+        self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu))
+
+    def _put(self, record: Any, time_ns: int, cpu: int) -> None:
+        """An ioctl of a vCPU is about to return: what it returns with is told where that is known."""
+        inside = self._threads.get(record.common_pid)
+        if inside is None or inside.vcpu != record.vcpu:
+            return  # inside when tracing began, or KVM's own use of a vCPU, such as its creation
+        inside.reading = self._reading(record, time_ns)
+        if inside.cmd == KVM_RUN:
+            inside.sync = record.valid_regs, _payload(record.flags, record.pending)
+            return
+        state = self._vcpus.get(inside.vcpu)
+        if state is None:
+            return
+        who = record.common_pid, cpu
+        pending = (state.word | record.requests) & self.watched
+        if inside.cmd in _WRITE_REGISTERS and pending and not record.cr0 & _X86_CR0_PE:
+            self._boundary(state, inside.reading, (Kind.RESET, inside.cmd, 0), who, _ALWAYS)
+        if inside.cmd in _GENERIC:
+            del self._threads[record.common_pid]
+            self._boundary(state, inside.reading, (Kind.IOCTL_EXIT, inside.cmd, 0), who, self.watched)
+
+    def _ioctl_end(self, record: Any, time_ns: int, cpu: int) -> None:
+        inside = self._threads.get(record.common_pid)
+        if inside is None or inside.cmd == KVM_RUN:
+            return
+        del self._threads[record.common_pid]
+        state = self._vcpus.get(inside.vcpu)
+        reading = inside.reading or inside.begun
+        if state is None or reading is None:
+            return  # its end was not seen: the kernel counts the hooks that it missed
+        kind, detail, send_if = Kind.IOCTL_EXIT, 0, self.watched
+        if inside.cmd == KVM_GET_VCPU_EVENTS:
+            kind, send_if = Kind.SAVE, _ALWAYS
+            detail = inside.payload if inside.payload is not None else self._by_rule(inside.begun or reading)
+        elif inside.cmd == KVM_SET_VCPU_EVENTS and inside.payload is not None:
+            kind, send_if, detail = Kind.RESTORE, _ALWAYS, inside.payload
+        what = kind, inside.cmd | _errno(record.ret), detail
+        self._boundary(state, reading, what, (record.common_pid, cpu), send_if)
+
+    @staticmethod
+    def _by_rule(reading: _Reading) -> int:
+        # What KVM_GET_VCPU_EVENTS gave, where it cannot be read: the flag exactly if the capability is enabled.
+        # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault")
+        # (in v6.0).
+        return _payload(VALID_TRIPLE_FAULT, reading.word & _BIT) if reading.cap else 0
+
+    def _get_events(self, record: Any, time_ns: int, _cpu: int) -> None:
+        inside = self._threads.get(record.common_pid)
+        if inside is not None and inside.vcpu == record.vcpu:
+            inside.begun, inside.payload = self._reading(record, time_ns), None
+
+    def _get_events_end(self, record: Any, _time_ns: int, _cpu: int) -> None:
+        inside = self._threads.get(record.common_pid)
+        if inside is not None:
+            inside.payload = _payload(record.flags, record.pending)
+
+    def _set_events(self, record: Any, time_ns: int, _cpu: int) -> None:
+        inside = self._threads.get(record.common_pid)
+        if inside is not None and inside.vcpu == record.vcpu:
+            inside.begun = self._reading(record, time_ns)
+            inside.payload = _payload(record.flags, record.pending)
+
+    def _set_events_end(self, record: Any, time_ns: int, cpu: int) -> None:
+        """Events were set through kvm_run; those of the ioctl are told where that ends."""
+        inside = self._threads.get(record.common_pid)
+        if inside is None or inside.cmd != KVM_RUN or inside.begun is None or inside.payload is None:
+            return
+        state = self._vcpus.get(inside.vcpu)
+        if state is None:
+            return
+        begun, detail = inside.begun, inside.payload
+        inside.begun = inside.payload = None
+        reading = self._preserved(record, time_ns, inside.vcpu)
+        if reading is None:
+            # By KVM's rule, as for a save: it sets or clears the request exactly as the flag says.
+            word = begun.word
+            if not record.ret and detail & VALID_TRIPLE_FAULT:
+                word = word | _BIT if detail & PAYLOAD_PENDING else word & ~_BIT
+            reading = _Reading(time_ns, word, begun.cap, begun.nested)
+        reading.cap = begun.cap
+        what = Kind.RESTORE, KVM_SET_VCPU_EVENTS | _errno(record.ret), detail
+        self._boundary(state, reading, what, (record.common_pid, cpu), _ALWAYS, Flag.SYNC)
+
+    def _userspace_exit(self, record: Any, _time_ns: int, cpu: int) -> None:
+        inside = self._threads.pop(record.common_pid, None)
+        if inside is None or inside.reading is None:
+            return  # attached while this thread was inside
+        state = self._vcpus.get(inside.vcpu)
+        if state is None:
+            return
+        error = record.errno
+        send_if = _ALWAYS if record.reason == KVM_EXIT_SHUTDOWN and not error else self.watched
+        who = record.common_pid, cpu
+        self._boundary(state, inside.reading, (Kind.RUN_EXIT, record.reason | _errno(error), 0), who, send_if)
+        valid, events = inside.sync
+        if state.word & self.watched and valid & _KVM_SYNC_X86_EVENTS:
+            # A VMM that has its registers in kvm_run gets the events with them: that is a save, too.
+            self._boundary(state, inside.reading, (Kind.SAVE, KVM_GET_VCPU_EVENTS, events), who, _ALWAYS, Flag.SYNC)
+
+    # --- inside KVM -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _preserved(record: Any, time_ns: int, vcpu: int) -> _Reading | None:
+        for register in PRESERVED:
+            if getattr(record, register) == vcpu:
+                word = getattr(record, f"{register}_requests")
+                return _Reading(time_ns, word, 0, getattr(record, f"{register}_nested", 0))
+        return None
+
+    def _site(self, site: Site, record: Any, time_ns: int, cpu: int) -> None:
+        inside = self._threads.get(record.common_pid)
+        if inside is None:
+            return
+        state = self._vcpus.get(inside.vcpu)
+        reading = self._preserved(record, time_ns, inside.vcpu)
+        if state is not None and reading is not None:
+            reading.cap = state.seen & Flag.CAP
+            self._boundary(state, reading, (Kind.SITE, site, 0), (record.common_pid, cpu))
