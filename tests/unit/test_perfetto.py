@@ -298,8 +298,8 @@ def test_the_trace_processor_answers_sql(tmp_path: Path) -> None:
 
         bad = "select name, value from stats where severity in ('error', 'data_loss') and value > 0"
         assert ask(bad) == []
-        request = "select ts, dur, extract_arg(arg_set_id, 'debug.end') as end from slice where category = 'request'"
-        assert ask(request) == [{"ts": 2800, "dur": 200, "end": "lost"}]
+        request = "select ts, dur, extract_arg(arg_set_id, 'debug.end') as how from slice where category = 'request'"
+        assert ask(request) == [{"ts": 2800, "dur": 200, "how": "lost"}]
         spent = "select name, sum(dur) as ns from slice where category = 'period' group by name order by name"
         assert ask(spent) == [
             {"name": "KVM_RUN", "ns": 500},
