@@ -39,10 +39,10 @@ _BEGIN, _END, _INSTANT = 1, 2, 3
 # TrackDescriptor: children in the order of sibling_order_rank; and guests of the same name are not one track.
 _EXPLICIT, _NEVER_MERGED = 3, 2
 
-# Names of tracks: what they are for (and of which request) above the number of the VM or vCPU.
-#: The track of a vCPU's marks.
+#: What the track of a vCPU's marks is called.
 MARKS = "saves, resets and shutdowns"
 
+# The number of a track: what it is for, and of which request, above the number of the VM or vCPU.
 _ROOT, _LOSSES, _VM, _LOST_VM, _VCPU, _MARKS, _REQUEST = range(1, 8)
 _UUID_MOST = (1 << 42) - 1
 _IID_MOST = (1 << 21) - 1
