@@ -238,16 +238,42 @@ def report(arguments: argparse.Namespace) -> int:
             ],
         )
         note(f"{arguments.html} written")
-    for recording, judgement in judged:
-        if not judgement.clean:
-            note(f"{recording.path} did not end cleanly: what came after its last segment is not in it")
-    damaged = [f"{recording.path}/{part}" for recording, judgement in judged for part in judgement.left_out]
-    if damaged:
-        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        note(f"{damaged[0]}{more} (left out: what it held is undecided; restore it from a copy)")
+    if not _whole(recordings):
         return EXIT_ERROR
     statuses = {judgement.exit_status for _, judgement in judged}
     return next((status for status in (EXIT_LOST, EXIT_UNDECIDED) if status in statuses), EXIT_NOTHING_LOST)
+
+
+def _whole(recordings: Sequence[Any]) -> bool:
+    """Tell whether recordings that have been read were whole, and note what was left out."""
+    for recording in recordings:
+        if not recording.clean:
+            note(f"{recording.path} did not end cleanly: what came after its last segment is not in it")
+    damaged = [f"{recording.path}/{part}" for recording in recordings for part in recording.left_out]
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        note(f"{damaged[0]}{more} (left out: what it held is undecided; restore it from a copy)")
+    return not damaged
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write a recording as one file for other tools."""
+    from reports import export as exports
+    from tracer.recording import Recording
+
+    path = arguments.output
+    if path is None and not exports.FORMATS[arguments.to]:
+        arguments.wrong(f"--to {arguments.to} needs -o FILE")
+    recording = Recording.open(arguments.recording)
+    if path is None:
+        # Of our own: under PYTHONUNBUFFERED what is behind sys.stdout writes a part and says so to nobody.
+        with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as out:
+            exports.export(recording, arguments.to, out)
+    else:
+        with exports.new_file(path) as file:
+            exports.export(recording, arguments.to, file)
+        note(f"{path} written")
+    return 0 if _whole([recording]) else EXIT_ERROR
 
 
 def _print_report(style: str, judgements: Sequence[Any]) -> None:
@@ -386,7 +412,7 @@ def parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(
             name, help=words, description=words, formatter_class=raw, epilog=_examples(*examples), allow_abbrev=False
         )
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, wrong=made.error)
         return made
 
     engines = ("auto", "fentry", "kprobe", "tracepoint", "ftrace")
@@ -441,6 +467,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=("text", "json", "csv"), default="text", help="(default: %(default)s)")
     one.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with figures")
 
+    one = verb(
+        "export",
+        export,
+        "kvmreq export DIR --to perfetto -o DIR.pftrace    # for ui.perfetto.dev",
+        "kvmreq export DIR --to parquet -o DIR.parquet     # all segments, meta.json",
+        "kvmreq export DIR --to csv > events.csv",
+        "kvmreq export DIR --to json | jq 'select(.kind == \"save\")'",
+    )
+    one.add_argument("recording", type=Path, metavar="DIR", help="a recording")
+    one.add_argument(
+        "--to",
+        choices=("perfetto", "parquet", "csv", "json"),
+        required=True,
+        help="perfetto: a trace; parquet, csv, json (one object a line): the events",
+    )
+    one.add_argument(
+        "-o",
+        "--output",
+        type=_output,
+        metavar="FILE",
+        help="a new file, for its owner alone (default for csv and json, or -: standard output)",
+    )
+
     one = verb("lab", lab, "kvmreq lab list", "kvmreq lab run lost", "kvmreq record -- kvmreq lab run lost --repeat 23")
     actions = one.add_subparsers(required=True, dest="action", metavar="list|run")
     actions.add_parser("list", help="list the scenarios")
@@ -455,6 +504,10 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--engine", choices=engines, default="auto", help="how to hook KVM (default: the best that works)")
     return top
+
+
+def _output(text: str) -> Path | None:
+    return None if text == "-" else Path(text)
 
 
 def _ring(text: str) -> int:

@@ -4,6 +4,7 @@
     ├── BadRecording     a recording cannot be read, or not written
     ├── CannotTrace      this host, or this engine on it, cannot trace KVM
     ├── NoSuchGuest      a process is no VMM, or has gone
+    ├── CannotExport     a recording cannot be written as another file
     └── CommandFailed    the command to be traced could not be run
 
 The library raises; only the command prints and exits.
@@ -25,6 +26,10 @@ class BadRecording(KvmreqError):
 
 class CannotTrace(KvmreqError):
     """This host, or this engine on it, cannot trace KVM."""
+
+
+class CannotExport(KvmreqError):
+    """A recording cannot be written as another file."""
 
 
 class NoSuchGuest(KvmreqError):

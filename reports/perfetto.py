@@ -1,0 +1,541 @@
+"""A recording as a Perfetto trace: a track for each VM and vCPU, on which periods, requests and marks are drawn.
+
+Times are CLOCK_MONOTONIC in ns; a clock snapshot pairs them with UTC. A period (KVM_RUN, ioctl, user space) is drawn
+only where two events that follow each other prove it: in detail full that is nearly everywhere, in detail boundary
+nearly nowhere. A request is drawn as long as it was certainly pending, from the first event that saw it to the last;
+its arguments hold the bounds. Messages and fields: protos/perfetto/trace/trace_packet.proto and what that includes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from analysis.lifecycle import Lifecycles
+from analysis.rows import find
+from probes.requests import TRIPLE_FAULT
+from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind
+from probes.uapi import ioctl
+from reports import protobuf as pb
+from reports.words import guest, shown
+from tracer.loss import Loss
+
+if TYPE_CHECKING:
+    from tracer.recording import Recording
+
+Array = npt.NDArray[Any]
+
+# builtin_clock.proto
+_REALTIME, _MONOTONIC = 1, 3
+# TracePacket.SequenceFlags; all packets are of one sequence.
+_STATE_CLEARED, _NEEDS_STATE = 1, 2
+_SEQUENCE = pb.number(10, 1)
+# TrackEvent.Type
+_BEGIN, _END, _INSTANT = 1, 2, 3
+# TrackDescriptor: children in the order of sibling_order_rank; and guests of the same name are not one track.
+_EXPLICIT, _NEVER_MERGED = 3, 2
+
+#: What the track of a vCPU's marks is called.
+MARKS = "saves, resets and shutdowns"
+
+# The number of a track: what it is for, and of which request, above the number of the VM or vCPU.
+_ROOT, _LOSSES, _VM, _LOST_VM, _VCPU, _MARKS, _REQUEST = range(1, 8)
+_UUID_MOST = (1 << 42) - 1
+_IID_MOST = (1 << 21) - 1
+# Strings that the reader is asked to remember; then it is told to forget them all.
+_STRINGS = 1 << 16
+# Events that are packets at one time.
+_CHUNK = 1 << 16
+# sibling_order_rank is an int32.
+_RANK_MOST = (1 << 31) - 1
+
+
+def trace(recording: Recording) -> Iterator[bytes]:
+    """Yield a recording as a Perfetto trace, part by part. What is held is bounded by the vCPUs of the recording."""
+    writer = _Trace(recording.meta)
+    yield from writer.begin()
+    for segment in recording.segments():
+        if segment is None:
+            yield from writer.missing(recording.left_out[-1])
+        else:
+            yield from writer.segment(segment.events, segment.loss, segment.until_ns)
+    yield from writer.finish()
+
+
+def _uuid(what: int, number: Any = 0, bit: int = 0) -> Any:
+    return (what << 6 | bit) << 32 | number
+
+
+# Fields of InternedData.
+_INTERNED = {"category": 1, "event": 2, "key": 3, "value": 29}
+
+
+class _Strings:
+    """Strings that the trace says once and then calls by number."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew; the next packet tells the reader to do so, too."""
+        self._known: dict[tuple[str, str], int] = {}
+        self._new: list[bytes] = []
+        self._forgotten = True
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def iid(self, kind: str, string: str) -> int:
+        known = self._known.get((kind, string))
+        if known is None:
+            known = self._known[kind, string] = len(self._known) + 1
+            self._new.append(pb.data(_INTERNED[kind], pb.number(1, known), pb.text(2, string)))
+        return known
+
+    def iids(self, kind: str, strings: Sequence[str]) -> Array:
+        distinct = {string: self.iid(kind, string) for string in dict.fromkeys(strings)}
+        return np.array([distinct[string] for string in strings], "u4")
+
+    def packet(self) -> bytes:
+        """Return what makes the reader know the new strings; it comes before the packets that use them."""
+        if not self._new and not self._forgotten:
+            return b""
+        flags = _NEEDS_STATE
+        defaults = b""
+        if self._forgotten:
+            flags |= _STATE_CLEARED
+            defaults = pb.data(59, pb.number(58, _MONOTONIC))  # the clock of every timestamp
+        made = _packet(pb.number(13, flags), defaults, pb.data(12, *self._new))
+        self._new, self._forgotten = [], False
+        return made
+
+
+def _packet(*fields: bytes) -> bytes:
+    return pb.data(1, *fields, _SEQUENCE)
+
+
+class _Trace:
+    def __init__(self, meta: Mapping[str, Any]) -> None:
+        self._meta = meta
+        self._strings = _Strings()
+        self._core = Lifecycles({int(bit): name for bit, name in meta["requests_by_bit"].items()})
+        self._bits = {str(name): int(bit) for bit, name in meta["requests_by_bit"].items()}
+        self._periods = _Periods()
+        self._loss = Loss()
+        self._until_ns = int(meta["started_ns"])
+        self._tracks: set[int] = set()
+
+    # --- parts of the trace ---------------------------------------------------------------------------------
+
+    def begin(self) -> Iterator[bytes]:
+        meta, clock = self._meta, self._meta["clock"]
+        pair = ((_MONOTONIC, clock["monotonic_ns"]), (_REALTIME, clock["utc_ns"]))
+        clocks = [pb.data(1, pb.number(1, number), pb.number(2, time_ns)) for number, time_ns in pair]
+        snapshot = pb.data(6, *clocks, pb.number(2, _MONOTONIC))
+        arguments = {key: shown(str(meta[key])) for key in ("host", "kernel", "engine", "detail")}
+        arguments["requests"] = ", ".join(shown(str(name)) for name in meta["requests"])
+        event = self._events(_BEGIN, _uuid(_ROOT), "recording", "recording", [self._until_ns], arguments)
+        tracks = self._track(_uuid(_ROOT), "kvmreq recording") + self._track(
+            _uuid(_LOSSES), "losses", parent=_uuid(_ROOT)
+        )
+        yield self._strings.packet() + _packet(snapshot) + tracks + event
+
+    def missing(self, reason: str) -> Iterator[bytes]:
+        """A segment is not there, or cannot be read."""
+        self._core.interrupt()
+        event = self._events(
+            _INSTANT, _uuid(_LOSSES), "segment left out", "loss", [self._until_ns], {"reason": shown(reason)}
+        )
+        yield self._strings.packet() + event
+
+    def segment(self, events: Array, loss: Loss, until_ns: int) -> Iterator[bytes]:
+        blind = loss.blind > self._loss.blind
+        finished = self._core.feed(events, blind=blind, loss=loss)
+        yield from self._vcpus(events)
+        for start in range(0, len(events), _CHUNK):
+            chunk = events[start : start + _CHUNK]
+            yield from self._emit([self._drawn(self._periods.feed(chunk)), *self._marks(chunk)])
+        yield from self._lifecycles(finished.lifecycles)
+        yield from self._emit([*self._shutdowns(finished.shutdowns), *self._losses(loss, until_ns)])
+        self._loss = loss
+        self._until_ns = max(self._until_ns, until_ns)
+        if len(self._strings) > _STRINGS:
+            self._strings.forget()
+
+    def finish(self) -> Iterator[bytes]:
+        yield from self._emit([self._drawn(self._periods.finish())])
+        yield from self._lifecycles(self._core.finish(self._loss).lifecycles)
+        ended_ns = max(self._until_ns, int(self._meta.get("ended_ns") or 0))
+        yield from self._emit([self._events(_END, _uuid(_ROOT), None, None, [ended_ns])])
+
+    def _emit(self, parts: Sequence[bytes]) -> Iterator[bytes]:
+        yield self._strings.packet()
+        yield from parts
+
+    def _lifecycles(self, table: pd.DataFrame) -> Iterator[bytes]:
+        for start in range(0, len(table), _CHUNK):
+            yield from self._emit(self._requests(table.iloc[start : start + _CHUNK]))
+
+    # --- tracks ---------------------------------------------------------------------------------------------
+
+    def _track(self, uuid: int, name: str, *, parent: int = 0, rank: int = 0, description: str = "") -> bytes:
+        if uuid in self._tracks:
+            return b""
+        self._tracks.add(uuid)
+        fields = [pb.number(1, uuid), pb.text(2, name), pb.number(11, _EXPLICIT), pb.number(12, min(rank, _RANK_MOST))]
+        fields += [pb.number(5, parent)] if parent else []
+        fields += [pb.text(14, description)] if description else []
+        return _packet(pb.data(60, *fields, pb.number(15, _NEVER_MERGED)))
+
+    def _vm(self, vm: int, pid: int) -> bytes:
+        known = (self._meta.get("guests") or {}).get(str(vm)) or {}
+        name = guest(known.get("name"), pid)
+        return self._track(
+            _uuid(_VM, vm), f"{name} #{vm}", rank=vm, description=f"VM {vm} of the recording, process {pid}"
+        )
+
+    def _vcpu(self, number: int, vcpu_id: int, parent: int) -> bytes:
+        uuid = _uuid(_VCPU, number)
+        return self._track(uuid, f"vCPU {vcpu_id}", parent=parent, rank=vcpu_id) + self._track(
+            _uuid(_MARKS, number), MARKS, parent=uuid, rank=99
+        )
+
+    # One row for each vCPU that this segment introduces: few, however many events.
+    def _vcpus(self, events: Array) -> list[bytes]:
+        new = events[events["kind"] == Kind.VCPU_NEW]
+        parts = []
+        for each in new:
+            vm, pid = int(each["detail"]), int(each["pid"])
+            parts += [self._vm(vm, pid), self._vcpu(int(each["vcpu"]), int(each["arg"]), _uuid(_VM, vm))]
+        numbers, first = np.unique(events["vcpu"], return_index=True)
+        for number, pid in zip(numbers.tolist(), events["pid"][first].tolist(), strict=True):
+            if number and _uuid(_VCPU, number) not in self._tracks:
+                # Its VCPU_NEW was lost: neither its VM nor KVM's number of it are known yet.
+                parent = _uuid(_LOST_VM, pid)
+                parts.append(self._track(parent, f"a guest of process {pid} whose beginning was lost"))
+                uuid = _uuid(_VCPU, number)
+                parts.append(self._track(uuid, f"vCPU (number {number} of the recording)", parent=parent))
+                parts.append(self._track(_uuid(_MARKS, number), MARKS, parent=uuid, rank=99))
+        return parts
+
+    # --- events ---------------------------------------------------------------------------------------------
+
+    def _events(
+        self,
+        kind: Any,
+        track: Any,
+        name: Any,
+        category: str | None,
+        time_ns: Any,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        named: Array | None = None,
+    ) -> bytes:
+        """Return one packet for each time. What is not an array holds for all of them.
+
+        ``name``: a string, or the numbers of strings; None for ends, which have none. An argument is a string, a
+        number, a truth value, an array of one of these, or a pair of such an array and of where it is known.
+        """
+        times = np.asarray(time_ns)
+        count = len(times)
+        if not count:
+            return b""
+        fields = [
+            pb.numbers(9, np.broadcast_to(kind, count), 3),
+            pb.numbers(11, np.broadcast_to(track, count), _UUID_MOST),
+        ]
+        if name is not None:
+            iids = self._strings.iid("event", name) if isinstance(name, str) else name
+            field = pb.numbers(10, np.broadcast_to(iids, count), _IID_MOST)
+            fields.append(field if named is None else field.only(named))
+        if category is not None:
+            field = pb.constant(pb.number(3, self._strings.iid("category", category)), count)
+            fields.append(field if named is None else field.only(named))
+        for key, value in (arguments or {}).items():
+            values, known = value if isinstance(value, tuple) else (value, None)
+            argument = self._argument(key, np.broadcast_to(values, count))
+            fields.append(argument if known is None else argument.only(known))
+        packet = [
+            pb.numbers(8, np.maximum(times.astype("i8"), 0)),
+            pb.constant(_SEQUENCE + pb.number(13, _NEEDS_STATE), count),
+            pb.messages(11, fields),
+        ]
+        return pb.messages(1, packet).join()
+
+    def _argument(self, key: str, values: Array) -> pb.Rows:
+        name = pb.constant(pb.number(1, self._strings.iid("key", key)), len(values))
+        if values.dtype.kind == "b":
+            value = pb.numbers(2, values, 1)
+        elif values.dtype.kind in "iu":
+            value = pb.numbers(3, np.maximum(values, 0), (1 << 64) - 1)
+        else:
+            value = pb.numbers(17, self._strings.iids("value", [str(each) for each in values.tolist()]), _IID_MOST)
+        return pb.messages(4, [name, value])
+
+    def _drawn(self, edges: _Edges) -> bytes:
+        iids = np.array([0, *(self._strings.iid("event", name) for name in _PERIODS[1:])])
+        track = _uuid(_VCPU, edges.vcpu.astype("i8"))
+        kind = np.where(edges.begins, _BEGIN, _END)
+        return self._events(kind, track, iids[edges.period], "period", edges.time_ns, named=edges.begins)
+
+    def _requests(self, lifecycles: pd.DataFrame) -> list[bytes]:
+        if lifecycles.empty:
+            return []
+        parts = []
+        for request, rows in lifecycles.groupby("request", observed=True, sort=False):
+            column = {name: rows[name].to_numpy() for name in rows.columns}
+            bit = self._bits[str(request)]
+            for number in np.unique(column["vcpu_number"]).tolist():
+                parts.append(
+                    self._track(
+                        _uuid(_REQUEST, number, bit), shown(str(request)), parent=_uuid(_VCPU, number), rank=bit
+                    )
+                )
+            track = _uuid(_REQUEST, column["vcpu_number"].astype("i8"), bit)
+            numbers = ("raised_after_ns", "raised_ns", "ended_after_ns", "userspace_exits", "saves", "blind_saves")
+            arguments: dict[str, Any] = {
+                **{name: column[name].astype(object) for name in ("raised_by", "end")},
+                **{name: column[name] for name in numbers},
+                "ended_ns": (column["ended_ns"], column["ended_ns"] >= 0),
+                **{name: column[name].astype(bool) for name in ("nested", "stale", "exposed")},
+                "why": (column["why"].astype(object), column["why"] != ""),
+                **{name: column[name] for name in ("vm", "pid", "vcpu")},
+            }
+            raised = column["raised_ns"]
+            last = np.maximum(column["ended_after_ns"], raised)
+            # A begin and its end follow each other: of requests that touch, the first one ends first.
+            count = len(rows)
+            twice = np.repeat(np.arange(count), 2)
+            begins = np.tile([True, False], count)
+            both = {
+                key: (value[0][twice], value[1][twice] & begins) if isinstance(value, tuple) else (value[twice], begins)
+                for key, value in arguments.items()
+            }
+            parts.append(
+                self._events(
+                    np.where(begins, _BEGIN, _END),
+                    track[twice],
+                    shown(str(request)),
+                    "request",
+                    np.where(begins, raised[twice], last[twice]),
+                    both,
+                    named=begins,
+                )
+            )
+        return parts
+
+    def _marks(self, events: Array) -> list[bytes]:
+        kinds = (Kind.SAVE, Kind.RESTORE, Kind.RESET, Kind.VCPU_END)
+        telling = events[np.isin(events["kind"], kinds)]
+        result = (telling["arg"] >> np.uint64(32)).astype("u4").view("i4")
+        pending = (telling["requests"] & np.uint64(1 << TRIPLE_FAULT)) != 0
+        full = np.uint32(VALID_TRIPLE_FAULT | PAYLOAD_PENDING)
+        carried = (telling["detail"] & full) == full
+        save, restore, reset, end = (telling["kind"] == kind for kind in kinds)
+        failed = result < 0
+        parts = []
+        for which, name in (
+            (save & ~failed & pending & ~carried, "blind save"),
+            (save & ~failed & (~pending | carried), "save"),
+            (save & failed, "failed save"),
+            (restore & ~failed, "restore"),
+            (restore & failed, "failed restore"),
+        ):
+            rows = telling[which]
+            parts.append(
+                self._mark(
+                    name,
+                    rows,
+                    {
+                        "errno": np.maximum(-result[which].astype("i8"), 0),
+                        "payload_flags": rows["detail"] & np.uint32(PAYLOAD_FLAGS),
+                        "payload_pending": (rows["detail"] & np.uint32(PAYLOAD_PENDING)) != 0,
+                        "triple_fault": pending[which],
+                        "kvm_run": (rows["flags"] & Flag.SYNC) != 0,
+                    },
+                )
+            )
+        by = [ioctl(int(cmd) & 0xFFFFFFFF) if cmd else "KVM" for cmd in telling["arg"][reset].tolist()]
+        parts.append(self._mark("reset", telling[reset], {"by": np.array(by, object)}))
+        hows = {how.value: how.name.lower() for how in End}
+        how = [hows.get(value, str(value)) for value in telling["arg"][end].tolist()]
+        parts.append(self._mark("vCPU ends", telling[end], {"how": np.array(how, object)}))
+        return parts
+
+    def _mark(self, name: str, rows: Array, arguments: Mapping[str, Any]) -> bytes:
+        return self._events(
+            _INSTANT, _uuid(_MARKS, rows["vcpu"].astype("i8")), name, "mark", rows["time_ns"], arguments
+        )
+
+    def _shutdowns(self, table: pd.DataFrame) -> list[bytes]:
+        track = _uuid(_MARKS, table["vcpu_number"].to_numpy().astype("i8"))
+        arguments = {
+            "source": table["source"].to_numpy().astype(object),
+            "nested": table["nested"].to_numpy().astype(bool),
+        }
+        return [self._events(_INSTANT, track, "shutdown exit", "mark", table["time_ns"].to_numpy(), arguments)]
+
+    def _losses(self, loss: Loss, until_ns: int) -> list[bytes]:
+        if loss == self._loss:
+            return []
+        parts = []
+        for number, lost in loss.vcpus.items():
+            before = self._loss.vcpus[number].count if number in self._loss.vcpus else 0
+            if lost.count > before:
+                track = _uuid(_MARKS, number) if _uuid(_MARKS, number) in self._tracks else _uuid(_LOSSES)
+                arguments = {"count": lost.count - before, "vcpu_number": number, "no_later_than_ns": lost.last_ns}
+                parts.append(self._events(_INSTANT, track, "events lost", "loss", [lost.last_ns], arguments))
+        grown = {
+            cause: getattr(loss, cause) - getattr(self._loss, cause)
+            for cause in ("ring_full", "map_full", "missed", "not_written")
+        }
+        if any(count > 0 for count in grown.values()):
+            parts.append(self._events(_INSTANT, _uuid(_LOSSES), "lost", "loss", [until_ns], grown))
+        return parts
+
+
+# --- periods --------------------------------------------------------------------------------------------------
+
+# What a vCPU can be doing, as a set: between two events it is what both of them allow.
+_USER, _IOCTL, _KERNEL, _GUEST = 1, 2, 4, 8
+_RUN, _ANY = _KERNEL | _GUEST, 15
+
+# By kind: what it can have been doing before such an event, and after it. A kind that is not here tells nothing.
+_BEFORE = np.full(256, _ANY, "u1")
+_AFTER = np.zeros(256, "u1")
+for _kind, _was, _is in (
+    (Kind.IOCTL_ENTER, _USER, _IOCTL),
+    (Kind.IOCTL_EXIT, _IOCTL, _USER),
+    (Kind.SAVE, _IOCTL, _USER | _IOCTL),  # one engine sees it in the ioctl, the other one at its end
+    (Kind.RESTORE, _IOCTL, _USER | _IOCTL),
+    (Kind.RUN_ENTER, _USER, _RUN),
+    (Kind.RUN_EXIT, _RUN, _USER),
+    (Kind.GUEST_ENTRY, _KERNEL, _GUEST),
+    (Kind.GUEST_EXIT, _GUEST, _KERNEL),
+):
+    _BEFORE[_kind], _AFTER[_kind] = _was, _is
+
+# A hook in KVM's own code, after the guest was entered: it has been left since, and when that was is not known.
+_LEFT = np.arange(16, dtype="u1")
+_LEFT[_GUEST] = _RUN
+
+# Periods by number, outer and inner ones. KVM_RUN is divided only where hooks of the guest's entry and exit prove it.
+_PERIODS = ("", "user space", "ioctl", "KVM_RUN", "kernel", "guest")
+_OUTER = np.zeros(16, "u1")
+_OUTER[[_USER, _IOCTL, _KERNEL, _GUEST, _RUN]] = [1, 2, 3, 3, 3]
+_INNER = np.zeros(16, "u1")
+_INNER[[_KERNEL, _GUEST]] = [4, 5]
+
+# What is carried over of a vCPU that is alive.
+_STATE = np.dtype([("vcpu", "u4"), ("pid", "u4"), ("time_ns", "i8"), ("after", "u1"), ("outer", "u1"), ("inner", "u1")])
+
+
+class _Edges:
+    """Beginnings and ends of periods; those of one vCPU are in the order in which they must be read."""
+
+    def __init__(self, vcpu: Array, time_ns: Array, begins: Array, period: Array) -> None:
+        self.vcpu, self.time_ns, self.begins, self.period = vcpu, time_ns, begins, period
+
+    @classmethod
+    def between(cls, vcpu: Array, time_ns: Array, old: tuple[Array, Array], new: tuple[Array, Array]) -> _Edges:
+        """Return what ends and begins where the (outer, inner) periods change from old ones to new ones."""
+        changes = old[0] != new[0]
+        inner = changes | (old[1] != new[1])
+        period = np.stack((old[1], old[0], new[0], new[1]), axis=1)
+        there = np.stack((inner, changes, changes, inner), axis=1) & (period != 0)
+        row, place = np.nonzero(there)
+        return cls(vcpu[row], time_ns[row], place >= 2, period[there])
+
+    @classmethod
+    def ends(cls, state: Array) -> _Edges:
+        """Return the ends of all that is open."""
+        none = np.zeros(len(state), "u1")
+        return cls.between(state["vcpu"], state["time_ns"], (state["outer"], state["inner"]), (none, none))
+
+    def __add__(self, other: _Edges) -> _Edges:
+        return _Edges(
+            np.concatenate((self.vcpu, other.vcpu)),
+            np.concatenate((self.time_ns, other.time_ns)),
+            np.concatenate((self.begins, other.begins)),
+            np.concatenate((self.period, other.period)),
+        )
+
+
+class _Periods:
+    """What each vCPU does, fed batch by batch. A period that goes on in the next batch is left open."""
+
+    def __init__(self) -> None:
+        self._state = np.empty(0, _STATE)
+
+    def feed(self, events: Array) -> _Edges:
+        left = events[events["kind"] == Kind.VMM_EXIT]
+        events = events[events["vcpu"] != 0]
+        edges = self._feed(events) if len(events) else _Edges.ends(self._state[:0])
+        if len(left):
+            # The end of a process is the end of its vCPUs; one of the same number that came later is another one.
+            pids, last = np.unique(left["pid"][::-1], return_index=True)
+            slot, found = find(pids, self._state["pid"])
+            when = left["time_ns"][::-1][last].astype("i8")
+            over = found & (self._state["time_ns"] <= when[np.minimum(slot, len(when) - 1)])
+            edges += _Edges.ends(self._state[over])
+            self._state = self._state[~over]
+        return edges
+
+    def _feed(self, events: Array) -> _Edges:
+        order = np.lexsort((events["time_ns"], events["vcpu"]))
+        events = events[order]
+        vcpu, kind, time_ns = events["vcpu"], events["kind"].copy(), events["time_ns"].astype("i8")
+        # A reset by user space is told in place of the beginning of its ioctl; a save through kvm_run is no ioctl.
+        kind[(kind == Kind.RESET) & (events["arg"] != 0)] = Kind.IOCTL_ENTER
+        kind[(kind == Kind.SAVE) & ((events["flags"] & Flag.SYNC) != 0)] = 0
+        first = np.flatnonzero(np.append(True, vcpu[1:] != vcpu[:-1]))
+        count = len(events)
+        slot, found = find(self._state["vcpu"], vcpu[first])
+        state = np.zeros(len(first), _STATE)
+        state[found] = self._state[slot[found]]
+
+        def earlier(values: Array, name: str) -> Array:
+            moved = np.roll(values, 1)
+            moved[first] = state[name]
+            return moved
+
+        last_ns = earlier(time_ns, "time_ns")
+        follows = (last_ns > 0) & (events["since_ns"].astype("i8") <= last_ns) & (events["since_ns"] > 0)
+        # A kind that tells nothing leaves what the one before it told, if nothing was between them.
+        after = _AFTER[kind]
+        silent = after == 0
+        begun = silent[first] & follows[first]
+        after[first[begun]] = state["after"][begun]
+        told = ~silent | ~follows
+        told[first] = True
+        after = after[np.maximum.accumulate(np.where(told, np.arange(count), 0))]
+        after[silent] = _LEFT[after[silent]]
+        before = earlier(after, "after")
+        before[silent] = _LEFT[before[silent]]
+        doing = np.where(follows, before & _BEFORE[kind], 0)
+        outer, inner = _OUTER[doing], _INNER[doing]
+        # Where the vCPU was not yet known there is nothing to end: its period is 0 in the state.
+        edges = _Edges.between(
+            vcpu, np.where(last_ns > 0, last_ns, time_ns), (earlier(outer, "outer"), earlier(inner, "inner")),
+            (outer, inner),
+        )  # fmt: skip
+
+        at = np.append(first[1:], count) - 1
+        state["vcpu"], state["pid"], state["time_ns"] = vcpu[at], events["pid"][at], time_ns[at]
+        state["after"], state["outer"], state["inner"] = after[at], outer[at], inner[at]
+        over = kind[at] == Kind.VCPU_END
+        edges += _Edges.ends(state[over])
+        others = np.ones(len(self._state), bool)
+        others[slot[found]] = False
+        merged = np.concatenate((self._state[others], state[~over]))
+        self._state = merged[np.argsort(merged["vcpu"])]
+        return edges
+
+    def finish(self) -> _Edges:
+        edges = _Edges.ends(self._state)
+        self._state = self._state[:0]
+        return edges
