@@ -18,6 +18,7 @@ class Via(StrEnum):
     """How a program is attached."""
 
     RAW_TRACEPOINT = "raw_tracepoint"
+    TRACEPOINT = "tracepoint"
     KPROBE = "kprobe"
     KRETPROBE = "kretprobe"
     FENTRY = "fentry"
@@ -27,7 +28,10 @@ class Via(StrEnum):
     TRACE_EVENT = "trace_event"
 
 
-_TRACEPOINTS = (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)
+_TRACEPOINTS = (Via.RAW_TRACEPOINT, Via.TRACEPOINT, Via.TRACE_EVENT)
+
+
+_VENDORS = {"svm": "kvm_amd", "vmx": "kvm_intel"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Hook:
     unseen: str  # what stays unseen without it
     required: bool = False  # without it the engine proves nothing
     site: Site | None = None  # for a program that is made from SITE()
+
+    @property
+    def vendor(self) -> str | None:
+        """Return the module of the one flavour of KVM that has such a function, by KVM's own habit of naming."""
+        return next((module for mark, module in _VENDORS.items() if mark in self.target), None)
 
 
 @dataclass(frozen=True)
@@ -363,8 +372,29 @@ class Plan:
         return [*(planned.as_json() for planned in self.hooks), *(blind.as_json() for blind in self.blind)]
 
 
-def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) -> Plan:
-    """Return the plan of an engine for a kernel with these functions and these raw tracepoints."""
+# Where raw tracepoint programs can be preempted, the one of another task on that CPU is left out meanwhile, and what it
+# would have told is missed. Programs on trace events are not preempted, and cost more.
+_NOT_PREEMPTED = {
+    "sys_enter": "raw_syscalls:sys_enter",
+    "sys_exit": "raw_syscalls:sys_exit",
+    "kvm_userspace_exit": "kvm:kvm_userspace_exit",
+}
+
+
+def make(
+    engine: str,
+    functions: Collection[str],
+    tracepoints: Collection[str],
+    *,
+    vendors: Collection[str] | None = None,
+    preempted: bool = False,
+) -> Plan:
+    """Return the plan of an engine for a kernel with these functions and these raw tracepoints.
+
+    ``vendors``: the flavours of KVM that are loaded, if that is known: what only another one has is left out.
+    ``preempted``: this kernel preempts raw tracepoint programs. Of several hooks that tell the same fact those that
+    exist do.
+    """
     hooks, blind = HOOKS[engine]
 
     def missing(hook: Hook) -> str | None:
@@ -372,7 +402,15 @@ def make(engine: str, functions: Collection[str], tracepoints: Collection[str]) 
             return None if hook.target in tracepoints else "this kernel has no such tracepoint"
         return None if hook.target in functions else "this kernel has no such function, or it is inlined"
 
-    return Plan(engine, tuple(Planned(hook, missing(hook)) for hook in hooks), blind)
+    def best(hook: Hook) -> Hook:
+        if preempted and hook.via is Via.RAW_TRACEPOINT and hook.target in _NOT_PREEMPTED:
+            return replace(hook, via=Via.TRACEPOINT, target=_NOT_PREEMPTED[hook.target])
+        return hook
+
+    here = [hook for hook in hooks if vendors is None or hook.vendor is None or hook.vendor in vendors]
+    told = {hook.fact for hook in here if missing(hook) is None}
+    planned = [(best(hook), missing(hook)) for hook in here if missing(hook) is None or hook.fact not in told]
+    return Plan(engine, tuple(Planned(hook, why) for hook, why in planned), blind)
 
 
 def tells(plan: Iterable[Mapping[str, Any]]) -> frozenset[str]:

@@ -87,6 +87,8 @@ def offsets(btf: Btf) -> dict[str, int]:
 
 # The file of each engine's programs.
 _FILES = {"tracepoint": "tracepoint.c", "kprobe": "functions.c", "fentry": "functions.c"}
+#: Engines that are programs.
+ENGINES = tuple(_FILES)
 # How BCC finds out from the name of a program where it belongs: PREFIX__MODULE__FUNCTION.
 _PREFIXES = {Via.FENTRY: "kfunc", Via.FEXIT: "kretfunc"}
 
@@ -110,6 +112,7 @@ def source(
         "WATCHED": f"{settings.watched:#x}ULL",
         "FULL": str(int(settings.full)),
         "FENTRY": str(int(plan.engine == "fentry")),
+        "TRACE_EVENTS": str(int(any(hook.via is Via.TRACEPOINT for hook in plan.attachable))),
         "FILTER": str(int(settings.filtered)),
         "TRACER": str(os.getpid()),
         "CPUS": str(settings.cpus),

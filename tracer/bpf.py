@@ -151,6 +151,8 @@ class Engine:
         match hook.via:
             case Via.RAW_TRACEPOINT:
                 self._bpf.attach_raw_tracepoint(tp=target, fn_name=fn_name)
+            case Via.TRACEPOINT:
+                self._bpf.attach_tracepoint(tp=target, fn_name=fn_name)
             case Via.KPROBE:
                 self._bpf.attach_kprobe(event=target, fn_name=fn_name)
             case Via.KRETPROBE:
@@ -235,6 +237,8 @@ class Engine:
             self._bpf.detach_kretfunc(name)
         for name in reversed(list(self._bpf.raw_tracepoint_fds)):
             self._bpf.detach_raw_tracepoint(tp=name)
+        for name in reversed(list(self._bpf.tracepoint_fds)):
+            self._bpf.detach_tracepoint(tp=name)
 
     def close(self) -> None:
         """Detach and free everything."""

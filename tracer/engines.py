@@ -119,7 +119,13 @@ def _choice(engine: str) -> Choice:
     tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
     tracepoints |= ftrace.events(hook.target for hook in hooks if hook.via is Via.TRACE_EVENT)
     functions = {hook.target for hook in hooks if hook.via not in (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)}
-    plan = plans.make(engine, host.addresses(functions) if functions else {}, tracepoints)
+    plan = plans.make(
+        engine,
+        host.addresses(functions) if functions else {},
+        tracepoints,
+        vendors=host.kvm().flavours or None,
+        preempted=host.preempts_raw_tracepoints(),
+    )
     if plan.hopeless and not host.kvm().flavours:
         return Choice(engine, plan, "KVM is not loaded: load kvm_intel or kvm_amd")
     return Choice(engine, plan, plan.hopeless)

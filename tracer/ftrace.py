@@ -32,7 +32,7 @@ from tracer.errors import CannotTrace
 from tracer.loss import Loss
 from tracer.vcpus import Vcpus
 
-_PLACES = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+_PLACES = host.TRACEFS
 _OURS = re.compile(r"kvmreq[-_](\d+)[-_](\d+)(?:[-_]\d+)?")
 _LEAST_KB = 8  # of buffer for each CPU: two pages, the least that the kernel makes
 # Threads that can be inside a function at once, and be seen to return from it; the kernel counts those that cannot.

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from probes.btf import Btf, MissingField
+
 SYS = Path("/sys")
+TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 PROC = Path("/proc")
 
 # linux/capability.h: numbers of the capabilities that a tracer needs, if it is not root.
@@ -149,6 +152,23 @@ def tracepoints(names: Iterable[str]) -> set[str]:
     """
     found = addresses(f"__traceiter_{name}" for name in names)
     return {name.removeprefix("__traceiter_") for name in found}
+
+
+def preempts_raw_tracepoints() -> bool:
+    """Tell whether programs on raw tracepoints can be preempted, and with tracefs there is another way.
+
+    Since tracepoints are protected by SRCU again, they disable preemption no more, and BPF leaves a program out that
+    another task of the CPU is in the middle of. Before Linux 6.13, which took SRCU away and gave struct tracepoint its
+    ``ext``, SRCU was for tracepoints outside RCU only. Read in the source of 7.3.4, and seen there as recursion_misses.
+    """
+    if not re.search(rb"^[0-9a-f]+ \w tracepoint_srcu$", _kallsyms(), re.MULTILINE):
+        return False
+    try:
+        with Btf() as btf:
+            again = btf.has("tracepoint.ext")
+    except MissingField:
+        return False
+    return again and any((place / "events/raw_syscalls").is_dir() for place in TRACEFS)
 
 
 def no_kprobes() -> str | None:

@@ -60,7 +60,7 @@ PROGRAM on_kvm_vcpu_ioctl(CONTEXT *ctx)
 int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	u64 thread = this_thread();
-	u32 reason = ctx->args[0];
+	u32 reason = EXIT_REASON(ctx);
 	struct in_ioctl *in = threads.lookup(&thread);
 	struct vcpu_state *state;
 	u64 vcpu;
@@ -73,7 +73,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	state = vcpus.lookup(&vcpu);
 	if (state)
-		run_returns(state, vcpu, in, reason, ctx->args[1]);
+		run_returns(state, vcpu, in, reason, EXIT_ERRNO(ctx));
 	return 0;
 }
 

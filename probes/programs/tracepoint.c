@@ -341,7 +341,7 @@ static inline void vcpu_created(u32 fd)
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
-	u32 pid, number = ctx->args[1];
+	u32 pid, number = SYSCALL_NUMBER(ctx);
 	struct vmm_state *vmm;
 	struct in_ioctl *in;
 
@@ -420,7 +420,7 @@ static inline void ioctl_returns(struct in_ioctl *in, struct arguments *argument
 int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
-	int result = ctx->args[1];
+	int result = SYSCALL_RESULT(ctx);
 	u32 pid, zero = 0, *awaited = returns.lookup(&zero);
 	struct in_ioctl *in;
 	u64 thread;
@@ -452,7 +452,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
 	struct arguments arguments = {};
-	u32 reason = ctx->args[0], fd;
+	u32 reason = EXIT_REASON(ctx), fd;
 	struct vcpu_state *state;
 	u64 vcpu;
 
@@ -475,7 +475,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	}
 	if (!state || !in)
 		return 0;
-	run_returns(state, vcpu, in, reason, ctx->args[1]);
+	run_returns(state, vcpu, in, reason, EXIT_ERRNO(ctx));
 	in->fd = fd;
 	return 0;
 }

@@ -23,6 +23,22 @@
 #define EVENTS_PENDING		28	/* offsetof(struct kvm_vcpu_events, triple_fault.pending): uapi */
 #define VALID_TRIPLE_FAULT	0x20
 
+/*
+ * What a tracepoint tells. Raw, its arguments; as a trace event (TRACE_EVENTS, see the plan), the fields of its record,
+ * as its format file has them, behind 8 bytes that are nobody's.
+ */
+#if TRACE_EVENTS
+#define SYSCALL_NUMBER(ctx)	((u32)(ctx)->args[1])
+#define SYSCALL_RESULT(ctx)	((int)(ctx)->args[2])
+#define EXIT_REASON(ctx)	((u32)(ctx)->args[1])
+#define EXIT_ERRNO(ctx)		((int)((ctx)->args[1] >> 32))
+#else
+#define SYSCALL_NUMBER(ctx)	((u32)(ctx)->args[1])
+#define SYSCALL_RESULT(ctx)	((int)(ctx)->args[1])
+#define EXIT_REASON(ctx)	((u32)(ctx)->args[0])
+#define EXIT_ERRNO(ctx)		((int)(ctx)->args[1])
+#endif
+
 struct vcpu_state {
 	u64 last_ns;		/* when the word was last read */
 	u64 word;		/* the word as it was then */

@@ -35,7 +35,9 @@ def test_each_missing_hook_says_what_stays_unseen(engine: str, target: str) -> N
     hooks = HOOKS[engine][0]
     gone = [hook for hook in hooks if hook.target == target]
     assert [hook for hook in hooks if hook not in plan.attachable] == gone
-    for hook, line in zip(hooks, plan.as_json(), strict=False):
+    told = {hook.fact for hook in hooks if hook not in gone}
+    named = [hook for hook in hooks if hook not in gone or hook.fact not in told]
+    for hook, line in zip(named, plan.as_json(), strict=False):
         assert line["fact"] == hook.fact
         assert (line["hook"] is None) is (hook in gone)
         if hook in gone:
@@ -45,6 +47,40 @@ def test_each_missing_hook_says_what_stays_unseen(engine: str, target: str) -> N
         assert target in plan.hopeless
     else:
         assert plan.hopeless is None
+
+
+@pytest.mark.parametrize("engine", ["kprobe", "fentry", "ftrace"])
+def test_a_flavour_that_is_not_loaded_is_no_gap(engine: str) -> None:
+    """On AMD nobody misses what Intel's module would tell; what AMD's own lacks is named."""
+    amd = make(engine, FUNCTIONS - {"svm_set_efer"}, TRACEPOINTS, vendors=["kvm_amd"])
+    targets = {planned.hook.target for planned in amd.hooks}
+    assert {target for target in targets if "vmx" in target} == set()
+    assert [planned.hook.target for planned in amd.hooks if planned.missing] == ["svm_set_efer"]
+    intel = make(engine, FUNCTIONS, TRACEPOINTS, vendors=["kvm_intel"])
+    assert {hook.vendor for hook in intel.attachable} == {None, "kvm_intel"}
+
+
+def test_what_tells_the_same_fact_stands_in() -> None:
+    """A function that was renamed leaves no gap under its old name."""
+    old, new = "svm_can_emulate_instruction", "svm_check_emulate_instruction"
+    for one, other in ((old, new), (new, old)):
+        plan = make("kprobe", FUNCTIONS - {one}, TRACEPOINTS)
+        assert not [planned for planned in plan.hooks if planned.missing]
+        assert other in {hook.target for hook in plan.attachable}
+    assert [planned.missing for planned in make("kprobe", FUNCTIONS - {old, new}, TRACEPOINTS).hooks].count(None) < len(
+        make("kprobe", FUNCTIONS, TRACEPOINTS).hooks
+    )
+
+
+@pytest.mark.parametrize("engine", ["tracepoint", "kprobe", "fentry"])
+def test_where_raw_tracepoints_are_preempted_trace_events_do(engine: str) -> None:
+    """The same programs, in the same order."""
+    plain, other = make(engine, FUNCTIONS, TRACEPOINTS), make(engine, FUNCTIONS, TRACEPOINTS, preempted=True)
+    assert [hook.program for hook in plain.attachable] == [hook.program for hook in other.attachable]
+    changed = {hook.target for hook in other.attachable if hook.via is Via.TRACEPOINT}
+    assert "kvm:kvm_userspace_exit" in changed
+    raw = {hook.target for hook in other.attachable if hook.via is Via.RAW_TRACEPOINT}
+    assert not raw & {"sys_enter", "sys_exit", "kvm_userspace_exit"}
 
 
 @pytest.mark.parametrize("engine", HOOKS)
