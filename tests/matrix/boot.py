@@ -33,6 +33,7 @@ TAIL_LINES = 40
 # of a stale int3. KVM patches the scheduler for each first and last VM: 300 of them killed 7.3 on QEMU 7.2.
 QEMU = "-cpu max -accel tcg,thread=single"
 POLL_S = 0.25
+STOP = threading.Event()  # set: every boot, of whatever thread, is ended
 
 # What runs in the guest. Its own files, not virtme-ng's ports, carry output and status: they survive a panic.
 GUEST_SCRIPT = """\
@@ -164,8 +165,7 @@ class Machine:
             console.start()
             try:
                 with (folder / "output").open(errors="replace") as output:
-                    while process.poll() is None:
-                        time.sleep(POLL_S)
+                    while process.poll() is None and not STOP.wait(POLL_S):
                         now = time.monotonic() - started
                         if booted is None and (folder / "booted").exists():
                             booted = now

@@ -248,10 +248,29 @@ def try_engine(engine: str, out: Path, names: Sequence[str], witnesses: Sequence
     return told
 
 
+def together(engines: Sequence[str], out: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Record every scenario with several engines at the same time; return what happened."""
+    told: dict[str, Any] = {"engines": list(engines), "status": {}, "runs": []}
+    records: list[Record] = []
+    try:
+        for engine in engines:
+            records.append(Record(out / f"together-{engine}", engine))
+        say(f"{' and '.join(engines)}: live at the same time")
+        told["runs"] = [{"name": name, **_in_child(partial(truth.run, name), SCENARIO_S)} for name in names]
+    except Refused as refusal:
+        told["refused"] = str(refusal)
+    finally:
+        for record in reversed(records):
+            told["status"][record.engine] = record.finish()
+    say(f"{' and '.join(engines)}: {len(told['runs'])} scenarios at the same time")
+    return told
+
+
 def main(words: Sequence[str]) -> int:
     """Try every engine; the exit status says only whether it came to the end."""
     parser = argparse.ArgumentParser("python3 -m tests.matrix.inside")
     parser.add_argument("engines", nargs="+", metavar="ENGINE")
+    parser.add_argument("--together", nargs=2, default=(), metavar="ENGINE", help="these two at the same time, as well")
     arguments = parser.parse_args(words)
     out = Path(os.environ["MATRIX_OUT"])
     reasons = truth.scenarios()
@@ -286,6 +305,12 @@ def main(words: Sequence[str]) -> int:
             told["engines"].append(try_engine(engine, out, names, witnesses))
         except OSError as error:  # of this engine alone: the others are still worth trying
             told["failed"].append(f"{engine}: {error}")
+    if arguments.together:
+        keep()
+        try:
+            told["together"] = together(arguments.together, out, names)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            told["failed"].append(f"{' and '.join(arguments.together)}: {error}")
     told["complete"] = not told["failed"]
     keep()
     for failure in told["failed"]:

@@ -9,22 +9,26 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.matrix import CHECKOUT, MatrixError, cache, debian13, kernels, missing_packages, verdicts, witnesses
-from tests.matrix.boot import TIMED_OUT, BootError, Machine, Outcome, virtme_ng
+from tests.matrix.boot import STOP, TIMED_OUT, BootError, Machine, Outcome, virtme_ng
 
 SCHEMA = "kvmreq.matrix/1"
 ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
 USERSPACES = ("debian12", "debian13")
+AT_ONCE = 4  # boots, on a machine that has the CPUs: each takes one of them, and 3 GiB
+TOGETHER = ("kprobe", "ftrace")  # with BPF and without it: what one gets wrong the other does not
 LIMIT_S = 1200  # for one kernel and user space: a tenth of it on an idle machine
 
 EPILOG = """\
@@ -62,7 +66,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="by default all")
     for name in USERSPACES:
         add(f"--{name}", nargs="*", choices=ENGINES, metavar="ENGINE", help=f"in {name} only these of the engines")
-    add("--witnesses", nargs="*", metavar="KERNEL", help="run KVM's own tests on these kernels only (default: all)")
+    add(
+        "--witnesses",
+        nargs="*",
+        metavar="KERNEL",
+        help="run KVM's own tests, and two engines at the same time, on these kernels only (default: all)",
+    )
     add("--out", type=Path, help="where recordings and consoles are left (by default matrix in the cache)")
     add("--results", type=Path, help="where results are left (by default results in the cache)")
     add("--limit", type=int, default=LIMIT_S, metavar="S", help="seconds for each kernel and user space (%(default)s)")
@@ -76,8 +85,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    """Show progress: a line, as soon as it is known."""
-    print(text, flush=True)
+    """Show progress: a line, as soon as it is known; in one piece, whichever thread it comes from."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 class _Lines:
@@ -117,57 +127,89 @@ class Wanted:
     out: Path
     limit_s: int
 
+    def wholly(self, series: str) -> bool:
+        """Tell whether KVM's own tests and two engines at the same time are wanted there."""
+        return self.witnesses_on is None or series in self.witnesses_on
+
     def machine(self, series: str, userspace: str) -> Machine:
         """Return the machine to boot."""
-        given = self.witnesses if self.witnesses_on is None or series in self.witnesses_on else ()
+        given = self.witnesses if self.wholly(series) else ()
         root = Path("/") if userspace == "debian12" else debian13.root(lambda text: say(text.strip()))
         return Machine(root=root, limit_s=self.limit_s, given=given)
 
 
-def run_kernel(series: str, wanted: Wanted, tally: Tally) -> dict[str, Any]:
-    """Run everything on one kernel, and return its results."""
-    say(f"{series}: fetching")
-    kernel = kernels.fetch(series)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "series": series,
-        "release": kernel.release,
-        "version": kernel.version,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "userspaces": {},
-    }
-    for userspace, engines in wanted.userspaces.items():
-        where = f"{series} {userspace}"
-        folder = wanted.out / kernel.release / userspace
+@dataclass(frozen=True)
+class Job:
+    """One boot, and the results of its kernel, among which its own belong."""
+
+    series: str
+    kernel: kernels.Kernel
+    userspace: str
+    engines: Sequence[str]
+    result: dict[str, Any]
+
+
+def run_kernels(names: Sequence[str], wanted: Wanted, tally: Tally) -> list[dict[str, Any]]:
+    """Run everything on every kernel, as many boots at a time as there are CPUs, and return each kernel's results."""
+    results, jobs = [], []
+    for series in names:
+        say(f"{series}: fetching")
         try:
-            machine = wanted.machine(series, userspace)
-            outcome = _boot(where, kernel, machine, userspace, folder, engines)
-            boot = verdicts.of_boot(folder)
-        except (MatrixError, OSError, ValueError) as error:
-            tally.fail(f"{where}: {error}")
-            result["userspaces"][userspace] = {"failed": str(error).splitlines()[0]}
+            kernel = kernels.fetch(series)
+        except MatrixError as error:
+            tally.fail(f"{series}: {error}")
             continue
-        boot["boot_s"], boot["seconds"] = round(outcome.boot_s), round(outcome.seconds)
-        result["userspaces"][userspace] = boot
-        _tell(where, boot, {**verdicts.may_be_refused(boot), **wanted.unknown}, tally)
-        if outcome.status:
-            what = f"did not end within {machine.limit_s} s" if outcome.status == TIMED_OUT else "failed"
-            tally.fail(f"{where}: what runs inside {what}: {outcome.output[-2000:]}")
-    return result
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "series": series,
+            "release": kernel.release,
+            "version": kernel.version,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "userspaces": {},
+        }
+        results.append(result)
+        jobs += [Job(series, kernel, userspace, engines, result) for userspace, engines in wanted.userspaces.items()]
+    # The longest first, so that none of them is alone at the end.
+    jobs.sort(key=lambda job: -len(job.engines))
+    with ThreadPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0)))) as boots:
+        for _ in boots.map(lambda job: run_boot(job, wanted, tally), jobs):
+            pass
+    return results
 
 
-def _boot(
-    where: str, kernel: kernels.Kernel, machine: Machine, userspace: str, folder: Path, engines: Sequence[str]
-) -> Outcome:
-    # The interpreter that has what kvmreq imports: that of this process, or Debian 13's own.
-    python = sys.executable if userspace == "debian12" else "python3"
-    command = [python, "-m", "tests.matrix.inside", *engines]
-    say(f"{where}: booting {kernel.release} ({kernel.version})")
+def run_boot(job: Job, wanted: Wanted, tally: Tally) -> None:
+    """Boot a kernel with one user space, and add what came of it to the results."""
+    where = f"{job.series} {job.userspace}"
+    folder = wanted.out / job.kernel.release / job.userspace
     try:
-        return machine.run(kernel, command, folder, _Lines(where))
+        machine = wanted.machine(job.series, job.userspace)
+        both = TOGETHER if wanted.wholly(job.series) and set(TOGETHER) <= set(job.engines) else ()
+        outcome = _boot(where, job, machine, folder, both)
+        boot = verdicts.of_boot(folder)
+    except (MatrixError, OSError, ValueError) as error:
+        tally.fail(f"{where}: {error}")
+        job.result["userspaces"][job.userspace] = {"failed": str(error).splitlines()[0]}
+        return
+    boot["boot_s"], boot["seconds"] = round(outcome.boot_s), round(outcome.seconds)
+    job.result["userspaces"][job.userspace] = boot
+    _tell(where, boot, {**verdicts.may_be_refused(boot), **wanted.unknown}, tally)
+    if outcome.status:
+        what = f"did not end within {machine.limit_s} s" if outcome.status == TIMED_OUT else "failed"
+        tally.fail(f"{where}: what runs inside {what}: {outcome.output[-2000:]}")
+
+
+def _boot(where: str, job: Job, machine: Machine, folder: Path, both: Sequence[str]) -> Outcome:
+    # The interpreter that has what kvmreq imports: that of this process, or Debian 13's own.
+    python = sys.executable if job.userspace == "debian12" else "python3"
+    command = [python, "-m", "tests.matrix.inside", *job.engines, *(("--together", *both) if both else ())]
+    say(f"{where}: booting {job.kernel.release} ({job.kernel.version})")
+    try:
+        return machine.run(job.kernel, command, folder, _Lines(where))
     except BootError as error:
+        if STOP.is_set():
+            raise
         say(f"{error}\n{where}: did not come up, and is tried once more")
-        return machine.run(kernel, command, folder, _Lines(where))
+        return machine.run(job.kernel, command, folder, _Lines(where))
 
 
 def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str], tally: Tally) -> None:
@@ -181,6 +223,10 @@ def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str]
         say(f"{name}: {words or 'nothing judged'}; {round(engine['seconds'])} s")
     counts = verdicts.counts(boot)
     tally.passed += counts[verdicts.EXACT] + counts[verdicts.DECLARED]
+    if both := boot.get("together"):
+        differ = f"{len(both['differences'])} differences" if both["differences"] else "no difference"
+        say(f"{where} {' and '.join(both['engines'])} at the same time: {both['scenarios']} scenarios, {differ}")
+        tally.passed += not both["differences"]
     for failure in verdicts.failures(where, boot, may_be_refused):
         tally.fail(failure)
     say(f"{where}: boot {boot['boot_s']} s, {boot['seconds']} s in all")
@@ -196,12 +242,17 @@ def left_out(arguments: argparse.Namespace) -> list[str]:
     ]
     lines += [f"kernel {one}" for one in kernels.DEFAULT if one not in arguments.kernels]
     if arguments.witnesses is not None:
-        lines += [f"KVM's own tests on {one}" for one in arguments.kernels if one not in arguments.witnesses]
+        lines += [
+            f"KVM's own tests and two engines at the same time on {one}"
+            for one in arguments.kernels
+            if one not in arguments.witnesses
+        ]
     return lines
 
 
 def _end(*_: object) -> None:
-    sys.exit(143)  # through the finally blocks: they end QEMU
+    STOP.set()  # every thread ends its QEMU
+    sys.exit(143)
 
 
 def main(words: Sequence[str]) -> int:
@@ -218,13 +269,11 @@ def main(words: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     results.mkdir(parents=True, exist_ok=True)
-    for series in arguments.kernels:
-        try:
-            result = run_kernel(series, wanted, tally)
-        except MatrixError as error:
-            tally.fail(f"{series}: {error}")
-            continue
-        (results / f"{result['release']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        for result in run_kernels(arguments.kernels, wanted, tally):
+            (results / f"{result['release']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    finally:
+        STOP.set()
     for line in left_out(arguments):
         say(f"left out: {line}")
     say(f"results in {results}, recordings in {wanted.out}; {time.monotonic() - began:.0f} s")

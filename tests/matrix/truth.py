@@ -49,6 +49,36 @@ def _hidden(all_there_is: Iterable[Row], seen: Iterable[Row]) -> list[str]:
     return hidden
 
 
+def between(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return in what the reports of two recordings of the same time differ, but for what their plans declare unseen.
+
+    Who raised a request is unseen to an engine that says kvm_run and has no hook for what the other one says.
+    """
+    told, told_by_other = (tells(report["recording"]["plan"]) for report in (one, other))
+    wrong = []
+    for kind, words in (("lifecycles", _LIFECYCLE), ("shutdowns", ("vcpu", "source", "nested"))):
+        mine, others = _in_order(one, kind, words), _in_order(other, kind, words)
+        if [row[0] for row in mine] != [row[0] for row in others]:
+            only = [str(row[0]) for row in mine if row[0] not in [row[0] for row in others]]
+            only += [str(row[0]) for row in others if row[0] not in [row[0] for row in mine]]
+            wrong.append(f"{kind} differ: {'; '.join(only[:5]) or 'their order'}")
+            continue
+        for (row, by), (_, by_other) in zip(mine, others, strict=True):
+            unseen = (by == "kvm_run" and by_other not in told) or (by_other == "kvm_run" and by not in told_by_other)
+            if by != by_other and not unseen:
+                wrong.append(f"{row}: raised by {by} and by {by_other}")
+    return wrong
+
+
+_LIFECYCLE = ("vcpu", "request", "end", "userspace_exits", "saves", "blind_saves", "nested", "stale")
+
+
+def _in_order(report: Mapping[str, Any], kind: str, words: Iterable[str]) -> list[tuple[tuple[Any, ...], str]]:
+    first = {vm["vm"]: vm["first_ns"] for vm in report["vms"]}
+    rows = sorted(report[kind], key=lambda row: (row["pid"], first[row["vm"]], row["vcpu"], str(row.get("raised_ns"))))
+    return [((row["pid"], *(row[word] for word in words)), str(row.get("raised_by"))) for row in rows]
+
+
 def compared(report: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     """Return in what a report differs from what is known of one of the kernel's own tests.
 

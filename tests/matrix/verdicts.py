@@ -41,7 +41,25 @@ def of_boot(folder: Path) -> dict[str, Any]:
     kept = ("release", "build", "python", "bcc", "headers", "kvm_has_btf", "complete")
     results = {key: told[key] for key in kept}
     results["engines"] = [_of_engine(folder, told, engine) for engine in told["engines"]]
+    if "together" in told:
+        results["together"] = _of_both(folder, told["together"])
     return results
+
+
+def _of_both(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two engines that ran at the same time say differently."""
+    result: dict[str, Any] = {"engines": told["engines"], "scenarios": len(told["runs"])}
+    if "refused" in told or any(told["status"].values()):
+        return {**result, "differences": [f"{told.get('refused') or told['status']}"]}
+    try:
+        reports = [document(judge(Recording.open(folder / f"together-{engine}"))) for engine in told["engines"]]
+    except KvmreqError as error:
+        return {**result, "differences": [str(error)]}
+    return {
+        **result,
+        "lifecycles": len(reports[0]["lifecycles"]),
+        "differences": truth.between(reports[0], reports[1]),
+    }
 
 
 def _of_engine(folder: Path, told: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +117,11 @@ def failures(where: str, boot: Mapping[str, Any], allowed: Mapping[str, str]) ->
     ]
     if not boot["complete"]:
         found.append(Failure(where, "it did not come to its end"))
+    both = boot.get("together")
+    if both is not None:
+        found += [Failure(f"{where} {' and '.join(both['engines'])}", what) for what in both["differences"]]
+        if not both["differences"] and not both["lifecycles"]:
+            found.append(Failure(where, "two engines at the same time saw nothing"))
     for engine in boot["engines"]:
         found += [Failure(f"{where} {engine['engine']}", what) for what in _wrong_of(engine, allowed)]
     return found
