@@ -29,6 +29,7 @@ from probes.stat import HOOKS, Counts
 from tracer import tracefs
 from tracer.engines import choices
 from tracer.errors import CannotTrace, KvmreqError
+from tracer.loss import Loss
 from tracer.stat import Statistics, Vcpu
 
 EVENTS = ("kvm_exit", "kvm_entry", "kvm_userspace_exit")
@@ -151,17 +152,20 @@ def compare(engine: str, names: Sequence[str]) -> dict[str, Any]:
 
         tally, parts = stat.Tally(), []
         vcpus: dict[int, Vcpu] = {}
-        loss = 0
+        loss = Loss()
         for reading in statistics.readings(0.0, over):
             vcpus |= reading.vcpus
             parts.append(tally.feed(reading.counts, reading.ended, None))
-            loss = reading.loss.total
+            loss = reading.loss
         kernel = parsed((path / "trace").read_text().splitlines())
         overrun = lost(path)
         ours = of_kvmreq(statistics, stat.together(*parts), vcpus)
         unseen = list(reading.unseen)
         hook = statistics.exit_hook
-    found: dict[str, Any] = {"engine": engine, "kvm_exit": hook, "lost": loss, "overrun": overrun, "unseen": unseen}
+    found: dict[str, Any] = {"engine": engine, "kvm_exit": hook, "overrun": overrun, "unseen": unseen}
+    # A run that the kernel skipped ("missed") may have been about any process of the host: told, and no difference by
+    # itself. What it cost these guests is one.
+    found["loss"] = {"ring_full": loss.ring_full, "map_full": loss.map_full, "missed": loss.missed}
     for what in ("exits", "ended", "user"):
         mine, theirs = ({key: n for key, n in getattr(one, what).items() if key[0] in runs} for one in (ours, kernel))
         by_name: Counter[str] = Counter()
@@ -174,7 +178,13 @@ def compare(engine: str, names: Sequence[str]) -> dict[str, Any]:
             if mine.get(key, 0) != (n := theirs.get(key, 0))
         ]
     found["same"] = not (
-        loss or overrun or found["exits_differ"] or found["ended_differ"] or found["user_differ"] or not found["user"]
+        loss.ring_full
+        or loss.map_full
+        or overrun
+        or found["exits_differ"]
+        or found["ended_differ"]
+        or found["user_differ"]
+        or not found["user"]
     )
     return found
 
