@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from reports.stat_help import HELP as STAT_HELP
 from tracer.errors import CommandFailed, KvmreqError
 
 EXIT_ERROR = 1
@@ -290,6 +291,83 @@ def _print_report(style: str, judgements: Sequence[Any]) -> None:
         print("\n".join(text.report(judgement, by_request(judgement.lifecycles)) for judgement in judgements), end="")
 
 
+def stat(arguments: argparse.Namespace) -> int:
+    """Show exits by reason and requests by name, live or of a recording of detail full."""
+    if arguments.recording is not None:
+        return _stat_recording(arguments)
+
+    from analysis.stat import Tally
+    from reports import stat as words
+    from reports.words import Clock
+    from tracer import host
+    from tracer.stat import Only, Statistics
+
+    stop = Stop()
+    command = arguments.command
+    if command and not shutil.which(command[0]):
+        raise CommandFailed(f"{command[0]}: command not found", hint="check the command after --")
+    tally, told, begins = Tally(), {}, []
+    child: subprocess.Popen[bytes] | None = None
+    with (
+        Statistics(Only(arguments.pid, arguments.vm, arguments.vcpu), arguments.engine) as live,
+        contextlib.ExitStack() as stack,
+    ):
+        source = words.Source(
+            host.hostname(), host.release(), live.plan.engine, Clock(host.clock_pair()), live.name, live.requests
+        )
+        note(f"counting with the {live.plan.engine} engine{'' if command else ', until Ctrl-C'}")
+        show = _stat_printer(arguments.format, stack)
+        child = _start_command(command) if command else None
+        stack.callback(lambda: _end_of_command(child, stop))
+        over = partial(_stat_over, stop, child, arguments.pid, arguments.duration, time.monotonic())
+        for reading in live.readings(arguments.interval, over, arguments.count):
+            begins.append(reading.begin_ns)
+            counts = tally.feed(reading.counts, reading.ended, reading.vcpus if reading.filtered else None)
+            rest = (words.vms(reading.vcpus.values()), reading.loss, reading.unseen, tally.total)
+            show(source.told(counts, (reading.begin_ns, reading.end_ns), *rest))
+            told = source.told(tally.total, (begins[0], reading.end_ns), *rest)
+    if len(begins) > 1 and arguments.format == "text":
+        print(words.text(told, title="in all, until "), end="")
+    if child is not None and child.returncode:
+        note(f"{command[0]} ended with status {child.returncode}")
+    return 0
+
+
+def _stat_printer(style: str, stack: contextlib.ExitStack) -> Callable[[dict[str, Any]], None]:
+    """Return what shows an interval: as JSON, in the place of the last one on a terminal, or below it."""
+    from reports import stat as words
+
+    if style == "json":
+        return lambda told: print(json.dumps(told), flush=True)
+    if sys.stdout.isatty():
+        return stack.enter_context(words.screen())
+    return lambda told: print(words.text(told), flush=True)
+
+
+def _stat_over(
+    stop: Stop, child: subprocess.Popen[bytes] | None, pids: Sequence[int], duration_s: float | None, began: float
+) -> bool:
+    return (
+        stop.wanted
+        or (child is not None and child.poll() is not None)
+        or (duration_s is not None and time.monotonic() - began >= duration_s)
+        or (bool(pids) and not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    )
+
+
+def _stat_recording(arguments: argparse.Namespace) -> int:
+    from reports import stat as words
+    from tracer.recording import Recording
+
+    recording = Recording.open(arguments.recording)
+    told = words.of_recording(recording, arguments.pid, arguments.vm, arguments.vcpu)
+    sys.stdout.write(f"{json.dumps(told)}\n" if arguments.format == "json" else words.text(told))
+    if recording.left_out:
+        note(f"{recording.path}/{recording.left_out[0]} (left out: what it held is not counted)")
+        return EXIT_ERROR
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Check everything that tracing needs, report all of it, and prove it on a scratch VM."""
     from reports import doctor as words
@@ -490,6 +568,41 @@ def parser() -> argparse.ArgumentParser:
         help="a new file, for its owner alone (default for csv and json, or -: standard output)",
     )
 
+    one = verb(
+        "stat",
+        stat,
+        "kvmreq stat                            # this host, every second, until Ctrl-C",
+        "kvmreq stat -p 4711 --vcpu 0           # one vCPU of one VMM",
+        "kvmreq stat --format json -- sleep 10",
+        "kvmreq stat DIR                        # of a recording made with --detail full",
+    )
+    one.epilog = f"{STAT_HELP}\n\n{one.epilog}"
+    one.usage = (
+        "kvmreq stat [DIR | --engine E] [-p PID]... [--vm N]... [--vcpu ID]...\n"
+        "                   [--interval S] [--count N] [--duration S] [--format F] [-- COMMAND ...]"
+    )
+    one.add_argument("recording", nargs="?", type=Path, metavar="DIR", help="a recording, instead of this host")
+    one.add_argument(
+        "--engine",
+        choices=("auto", "kprobe", "tracepoint"),
+        default="auto",
+        help="how to hook KVM (default: the best that works)",
+    )
+    one.add_argument("-p", "--pid", type=_positive, action="append", default=[], help="only this VMM; repeatable")
+    one.add_argument(
+        "--vm",
+        type=_positive,
+        action="append",
+        default=[],
+        metavar="N",
+        help="only this VM, by its number in the output",
+    )
+    one.add_argument("--vcpu", type=int, action="append", default=[], metavar="ID", help="only vCPUs with this id")
+    one.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help="show every S seconds (default: 1)")
+    one.add_argument("--count", type=_positive, metavar="N", help="end after so many intervals")
+    one.add_argument("--duration", type=_seconds, metavar="S", help="end after so many seconds")
+    one.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
+
     one = verb("lab", lab, "kvmreq lab list", "kvmreq lab run lost", "kvmreq record -- kvmreq lab run lost --repeat 23")
     actions = one.add_subparsers(required=True, dest="action", metavar="list|run")
     actions.add_parser("list", help="list the scenarios")
@@ -543,7 +656,15 @@ def _one_line() -> Iterator[None]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args(words)
+    given = list(sys.argv[1:] if words is None else words)
+    # `stat DIR` and `stat -- COMMAND`: argparse forgets which side of the dashes a word was on.
+    dashes = given.index("--") if given[:1] == ["stat"] and "--" in given else len(given)
+    top = parser()
+    arguments = top.parse_args(given[:dashes])
+    if given[:1] == ["stat"]:
+        arguments.command = given[dashes + 1 :]
+        if arguments.command and arguments.recording is not None:
+            top.error("stat takes a recording or a command, not both")
     # Before numpy is imported: the threads of its linear algebra spin, and nothing here uses them.
     os.environ.setdefault(_BLAS_THREADS, "1")
     if getattr(arguments, "requests", None) is None:

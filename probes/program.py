@@ -7,8 +7,8 @@ needs it, and ``doctor`` says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -53,6 +53,17 @@ _SIZES = (("SIZE_STACK", "irq_stack"), ("SIZE_PT_REGS", "pt_regs"))
 
 
 @dataclass(frozen=True)
+class Addition:
+    """More programs, which build on those of an engine: what is defined in front of all, and files that follow."""
+
+    constants: Mapping[str, str] = field(default_factory=dict)
+    files: Sequence[str] = ()
+
+
+NOTHING_MORE = Addition()
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a user and the host decide about the programs."""
 
@@ -72,9 +83,9 @@ def offsets(btf: Btf) -> dict[str, int]:
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
     found = {}
-    for constant, field, optional in _FIELDS:
+    for constant, path, optional in _FIELDS:
         try:
-            found[constant] = btf.offset(field)
+            found[constant] = btf.offset(path)
         except MissingField:
             if not optional:
                 raise
@@ -101,9 +112,14 @@ def name(hook: Hook, modules: Mapping[str, str]) -> str:
 
 
 def source(
-    plan: Plan, settings: Settings, found: Mapping[str, int], symbols: Mapping[str, int], modules: Mapping[str, str]
+    plan: Plan,
+    settings: Settings,
+    found: Mapping[str, int],
+    symbols: Mapping[str, int],
+    modules: Mapping[str, str],
+    more: Addition = NOTHING_MORE,
 ) -> str:
-    """Return the C source of a plan's programs.
+    """Return the C source of a plan's programs, and of those that are added to them.
 
     ``found`` is what :func:`offsets` gave; ``symbols`` holds the addresses of ``kvm_vcpu_ioctl`` and ``kvm_vm_ioctl``,
     by which the tracepoint engine knows a vCPU's file from another one; ``modules`` tells where the functions are.
@@ -125,6 +141,7 @@ def source(
         "OWN_ONLY": str(int(settings.watched == 1 << TRIPLE_FAULT and not settings.full)),
         **{f"{name.upper()}": f"{address:#x}ULL" for name, address in symbols.items()},
         **{name: str(offset) for name, offset in found.items()},
+        **more.constants,
     }
     sites = [f"SITE({hook.target}, SITE_{hook.site.name})" for hook in plan.attachable if hook.site is not None]
     trampolines = [
@@ -142,6 +159,7 @@ def source(
             programs.joinpath(_FILES[plan.engine]).read_text(),
             *sites,
             *trampolines,
+            *(programs.joinpath(name).read_text() for name in more.files),
         )
     )
 

@@ -92,7 +92,13 @@ class Engine:
     process dies.
     """
 
-    def __init__(self, plan: Plan, settings: program.Settings, pids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        settings: program.Settings,
+        pids: Iterable[int] = (),
+        more: program.Addition = program.NOTHING_MORE,
+    ) -> None:
         self.plan = plan
         self.settings = settings
         self._modules = host.modules(hook.target for hook in plan.attachable) if plan.engine == "fentry" else {}
@@ -105,7 +111,7 @@ class Engine:
             ) from error
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
         host.forget_addresses()
-        text = program.source(plan, settings, found, symbols, self._modules)
+        text = program.source(plan, settings, found, symbols, self._modules, more)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
         with _stderr_kept() as printed:
             try:

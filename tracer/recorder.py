@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from probes import requests
+from probes import exits, requests
 from probes.plan import Plan
 from probes.program import Settings
 from probes.schema import SCHEMA_VERSION, Kind
-from tracer import guests, host
+from tracer import guests, host, tracefs
 from tracer.engines import Choice, Engine, choices, open_engine
 from tracer.errors import CannotTrace, KvmreqError
 from tracer.loss import Loss
@@ -176,6 +176,7 @@ class Recorder:
                     "ended_ns": None,
                     "clock": clock,
                     "plan": plan,
+                    "formats": tracefs.formats(exits.EVENTS),
                     "guests": {},
                 },
             )

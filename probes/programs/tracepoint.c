@@ -21,6 +21,10 @@
 #define CHUNK			64
 #define MAX_CHUNKS		16
 
+#ifdef STAT
+static inline void stat_run_on_fd(u32 fd);	/* probes/programs/stat.c: KVM_RUN begins */
+#endif
+
 static inline int end_unseen(struct in_ioctl *in)
 {
 	return in->cmd != KVM_ENABLE_CAP;	/* every ioctl that begins is seen to end */
@@ -300,6 +304,12 @@ static inline void ioctl_begins(void)
 
 	arguments_of_syscall(&arguments);
 	cmd = arguments.si;
+#ifdef STAT
+	if (cmd == KVM_RUN) {
+		stat_run_on_fd(arguments.di);
+		return;
+	}
+#endif
 	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
 	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO)
 		return;

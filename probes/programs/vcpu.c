@@ -39,6 +39,19 @@
 #define EXIT_ERRNO(ctx)		((int)(ctx)->args[1])
 #endif
 
+#ifdef STAT
+/* What probes/programs/stat.c knows of a vCPU: what it is in the middle of. */
+struct stat_state {
+	u64 word;		/* the requests word as it was last read there */
+	u64 exit_ns;		/* when it left the guest; 0: it is inside, or nobody has seen it leave */
+	u64 user_ns;		/* when it went to user space; 0: it has come back, or nobody has seen it go */
+	u32 exit_reason;
+	u32 exit_isa;
+	u32 user_reason;
+	u32 user_error;
+};
+#endif
+
 struct vcpu_state {
 	u64 last_ns;		/* when the word was last read */
 	u64 word;		/* the word as it was then */
@@ -52,6 +65,9 @@ struct vcpu_state {
 	u8 seen;		/* the flags of its last event */
 	u8 announced;		/* its VCPU_NEW is in the ring */
 	u8 closing;		/* its last descriptor was closed while a thread was inside an ioctl */
+#ifdef STAT
+	struct stat_state stat;
+#endif
 };
 
 /* The ioctl that a thread is inside. vcpu is 0 when it is inside none; for KVM_ENABLE_CAP it is the VM. */
@@ -359,6 +375,9 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 	take_reading(state, vcpu, &reading);
 	reading.since = 0;
 	reading.before = 0;
+#ifdef STAT
+	state->stat.word = reading.word;
+#endif
 	state->announced = put(state, &reading, KIND_VCPU_NEW, new.vcpu_id, new.vm, live_flags(state, vcpu));
 	return state;
 }
