@@ -28,8 +28,9 @@ _FIELDS = (
     ("userspace_pid", "kvm.userspace_pid", True),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
     ("triple_fault_event", "kvm.arch.triple_fault_event", True),
-    # A statistic that is 1 while the vCPU runs L2; the flag in hflags has had two values.
+    # As the programs read it, see probes/program.py: the statistic where there is one, else HF_GUEST_MASK.
     ("guest_mode", "kvm_vcpu.stat.guest_mode", True),
+    ("hflags", "kvm_vcpu.arch.hflags", True),
 )
 
 # Registers that a call preserves (x86-64 psABI).
@@ -60,9 +61,15 @@ def _vcpu(at: Mapping[str, int], vcpu: str) -> list[str]:
     arguments = [f"vcpu={vcpu}:x64", f"requests=+{at['requests']}({vcpu}):x64"]
     if "triple_fault_event" in at:
         arguments.append(f"cap=+{at['triple_fault_event']}(+{at['kvm']}({vcpu})):u8")
+    return arguments + _nested(at, "nested", vcpu)
+
+
+def _nested(at: Mapping[str, int], name: str, vcpu: str) -> list[str]:
     if "guest_mode" in at:
-        arguments.append(f"nested=+{at['guest_mode']}({vcpu}):u64")
-    return arguments
+        return [f"{name}=+{at['guest_mode']}({vcpu}):u64"]
+    if "hflags" in at:
+        return [f"{name}=+{at['hflags']}({vcpu}):b1@5/32"]
+    return []
 
 
 def _owner(at: Mapping[str, int], kvm: str) -> list[str]:
@@ -86,8 +93,7 @@ def _preserved(at: Mapping[str, int]) -> list[str]:
     arguments = []
     for register in PRESERVED:
         arguments += [f"{register}=%{register}:x64", f"{register}_requests=+{at['requests']}(%{register}):x64"]
-        if "guest_mode" in at:
-            arguments.append(f"{register}_nested=+{at['guest_mode']}(%{register}):u64")
+        arguments += _nested(at, f"{register}_nested", f"%{register}")
     return arguments
 
 

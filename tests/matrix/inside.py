@@ -242,6 +242,10 @@ def try_engine(engine: str, out: Path, names: Sequence[str], witnesses: Sequence
     else:
         told["attached"] = len(traces() - before)
         record.kill()
+        if engine == "ftrace":
+            # Nothing in the kernel hangs on the process that made it: the next start takes it away.
+            with contextlib.suppress(Refused):
+                Record(out / f"{engine}-next", engine).finish()
         told["left_behind_by_kill"] = left_behind(before)
     told["seconds"] = time.monotonic() - began
     say(f"{engine}: {told['seconds']:.0f} s in all")
