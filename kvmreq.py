@@ -156,8 +156,7 @@ def record(arguments: argparse.Namespace) -> int:
     try:
         if arguments.follow:
             recorder.follower, finish = _follower(arguments.format, partial(watched, wish))
-        for line in recorder.notes:
-            note(line)
+        _notes_of(recorder)
         until = "until Ctrl-C" if not command and arguments.duration is None else "live"
         note(f"recording into {path} with the {recorder.plan.engine} engine, {until}")
         child = _start_command(command) if command else None
@@ -182,12 +181,18 @@ def record(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _notes_of(recorder: Any) -> None:
+    while recorder.notes:
+        note(recorder.notes.pop(0))
+
+
 def _wait(recorder: Any, child: subprocess.Popen[bytes] | None, stop: Stop, duration_s: float | None) -> None:
     progress = Progress()
     began = time.monotonic()
     pids = recorder.wish.pids
     while not stop.wanted:
         recorder.poll()
+        _notes_of(recorder)
         passed = time.monotonic() - began
         progress.show(f"recording: {passed:.0f} s, {recorder.events} events, {len(recorder.guests)} VMs")
         if child is not None and child.poll() is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -228,6 +228,23 @@ class Engine:
         for address, state in list(vcpus.items()):
             if state.pid in ended:
                 del vcpus[address]
+
+    def loaded_again(self, modules: Collection[str]) -> None:
+        """Set the hooks in these modules anew. Only kprobes let their module go: the others hold it."""
+        hooks = [hook for hook in self.plan.attachable if hook.via in (Via.KPROBE, Via.KRETPROBE)]
+        host.forget_addresses()
+        where = host.modules(hook.target for hook in hooks) if hooks else {}
+        for hook in hooks:
+            if where.get(hook.target) not in modules:
+                continue
+            target, fn_name = hook.target.encode(), hook.program.encode()
+            take_away = self._bpf.detach_kprobe if hook.via is Via.KPROBE else self._bpf.detach_kretprobe
+            with _stderr_kept() as printed:
+                try:
+                    take_away(event=target, fn_name=fn_name)
+                    self._attach(hook)
+                except Exception as error:
+                    self.unseen.append(f"{hook.unseen} ({hook.target} refused: {_why(error, printed())})")
 
     def detach(self) -> None:
         """Take every hook away. The ring can still be drained.

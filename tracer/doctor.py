@@ -82,7 +82,9 @@ def _bcc() -> Check:
     try:
         import bcc
     except ImportError:
-        return Check("BCC", False, "Python cannot import bcc: install the package python3-bpfcc")
+        return Check(
+            "BCC", None, "Python cannot import bcc (only ftrace does without): install the package python3-bpfcc"
+        )
     try:
         version = metadata.version("bcc")
     except metadata.PackageNotFoundError:

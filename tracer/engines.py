@@ -6,7 +6,7 @@ BCC is imported where a BPF engine is opened and nowhere else: the ftrace engine
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -61,6 +61,9 @@ class Engine(Protocol):
 
     def sweep(self, ended: set[int]) -> None:
         """Forget the vCPUs of processes that have ended."""
+
+    def loaded_again(self, modules: Collection[str]) -> None:
+        """Set the hooks in these modules anew: they went when the modules were unloaded."""
 
     def detach(self) -> None:
         """Take every hook away. What waits can still be drained."""

@@ -14,7 +14,7 @@ import heapq
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -445,6 +445,15 @@ class Engine:
     def sweep(self, ended: set[int]) -> None:
         """Forget the vCPUs of processes that have ended."""
         self.vcpus.sweep(ended)
+
+    def loaded_again(self, modules: Collection[str]) -> None:
+        """Set every hook anew: events of a module go with it, and probes do not come back by themselves."""
+        del modules
+        self.drain(0)
+        self._write("events/enable", "0")
+        _remove_group(self._root, self._group)
+        self._sources = []
+        self.attach()
 
     def detach(self) -> None:
         """Stop recording, and take what the buffers still hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -92,6 +93,15 @@ def kvm() -> Kvm:
             except OSError:
                 continue  # write-only parameters exist
     return Kvm(flavours, parameters)
+
+
+def kvm_modules() -> dict[str, int]:
+    """Return KVM's modules that are loaded now; the number is another one when a module was loaded again."""
+    found = {}
+    for name in ("kvm", *_FLAVOURS):
+        with contextlib.suppress(OSError):
+            found[name] = (SYS / "module" / name).stat().st_ino
+    return found
 
 
 def no_dev_kvm() -> str | None:

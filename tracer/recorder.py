@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +120,11 @@ class _SegmentWriter(threading.Thread):
         self.join()
 
 
+def _unseen(words: Iterable[str]) -> list[dict[str, Any]]:
+    # Lines of the plan for hooks that exist and that the kernel refused.
+    return [{"fact": "a hook that exists", "hook": None, "unseen": unseen} for unseen in words]
+
+
 @dataclass
 class Recorder:
     """One recording in the making. Use: ``start()``, then ``poll()`` until it should end, then ``stop()``."""
@@ -152,9 +157,9 @@ class Recorder:
         )
         try:
             self._engine.attach()
+            self._modules = host.kvm_modules()
             table = requests.names(host.release())
-            plan = self.plan.as_json()
-            plan += [{"fact": "a hook that exists", "hook": None, "unseen": unseen} for unseen in self._engine.unseen]
+            self._plan_lines = self.plan.as_json() + _unseen(self._engine.unseen)
             self._writer = Writer(
                 self.path,
                 {
@@ -175,7 +180,7 @@ class Recorder:
                     "started_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
                     "ended_ns": None,
                     "clock": clock,
-                    "plan": plan,
+                    "plan": self._plan_lines,
                     "formats": tracefs.formats(exits.EVENTS),
                     "guests": {},
                 },
@@ -202,6 +207,25 @@ class Recorder:
                         f"the vCPUs of process {pid} could not be looked up: each is seen from its next ioctl on"
                     )
 
+    def _look_at_modules(self) -> None:
+        now = host.kvm_modules()
+        if now == self._modules:
+            return
+        came = sorted(name for name, number in now.items() if self._modules.get(name) != number)
+        self._modules = now
+        if not came:
+            return  # one was unloaded: its hooks are gone, and so is what they would have seen
+        known = len(self._engine.unseen)
+        self._engine.loaded_again(came)
+        self._census()
+        what = f"{' and '.join(came)} {'was' if len(came) == 1 else 'were'} loaded again"
+        self.notes.append(f"{what}: hooks in {'it' if len(came) == 1 else 'them'} are set anew")
+        self._plan_lines += [
+            {"fact": what, "hook": None, "unseen": "what its functions told until the hooks in it were set anew"},
+            *_unseen(self._engine.unseen[known:]),
+        ]
+        self._writer.update(plan=self._plan_lines)
+
     def poll(self, timeout_s: float = _POLL_S) -> None:
         """Wait a moment, then take what the ring holds. Raises KvmreqError when the recording cannot go on."""
         if not self._engine.pending:
@@ -225,6 +249,8 @@ class Recorder:
         due = time.monotonic() - self._last_segment >= _SEGMENT_S
         if due or self._held >= _SEGMENT_EVENTS:
             self._cut()
+        if due:
+            self._look_at_modules()
 
     def _meet(self, batch: Batch) -> None:
         new = batch[batch["kind"] == Kind.VCPU_NEW]
