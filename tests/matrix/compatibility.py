@@ -43,8 +43,13 @@ def condensed(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     kernels = [
         {
             **{key: result[key] for key in ("series", "release", "version", "date")},
+            "vendors": result.get("vendors", {}),
             "userspaces": {
-                name: {"bcc": boot["bcc"], "engines": [_condensed(engine) for engine in boot["engines"]]}
+                name: {
+                    "bcc": boot["bcc"],
+                    "engines": [_condensed(engine) for engine in boot["engines"]],
+                    "together": boot.get("together"),
+                }
                 for name, boot in result["userspaces"].items()
                 if "failed" not in boot
             },
@@ -76,6 +81,8 @@ def page(data: Mapping[str, Any]) -> str:
     parts += [
         _left_behind(data["kernels"]),
         _unseen(data["kernels"]),
+        _together(data["kernels"]),
+        _vendors(data["kernels"]),
         _refused(data["kernels"]),
         _cannot_run(data["kernels"]),
     ]
@@ -188,6 +195,35 @@ def _unseen(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 def _list(groups: Mapping[str, Sequence[str]]) -> str:
     return "".join(f"- {what} ({', '.join(who)})\n" for what, who in groups.items())
+
+
+def _together(kernels: Sequence[Mapping[str, Any]]) -> str:
+    said = [
+        (
+            f"{kernel['series']} {userspace}",
+            f"{' and '.join(both['engines'])}: {both['scenarios']} scenarios, "
+            + ("; ".join(both["differences"]) or f"the same {both['lifecycles']} lifecycles"),
+        )
+        for kernel in kernels
+        for userspace, boot in kernel["userspaces"].items()
+        if (both := boot.get("together"))
+    ]
+    return "## Two engines at the same time\n\n" + _list(_grouped(said)) if said else ""
+
+
+def _vendors(kernels: Sequence[Mapping[str, Any]]) -> str:
+    known = [kernel for kernel in kernels if kernel.get("vendors")]
+    if not known:
+        return ""
+    parts = [
+        "## Functions of the vendor modules\n",
+        "By the files of each package: QEMU emulates no VMX, so what the plan hooks in kvm_intel was not run.\n"
+        "`symbol`: kprobe and ftrace can hook it; `symbol and BTF`: fentry, too; `-`: none, or inlined.\n",
+    ]
+    for module in known[0]["vendors"]:
+        rows = [(name, *(kernel["vendors"][module][name] for kernel in known)) for name in known[0]["vendors"][module]]
+        parts.append(_table((module, *(kernel["series"] for kernel in known)), rows))
+    return "\n".join(parts)
 
 
 def _left_behind(kernels: Sequence[Mapping[str, Any]]) -> str:

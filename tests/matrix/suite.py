@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.matrix import CHECKOUT, MatrixError, cache, debian13, kernels, missing_packages, verdicts, witnesses
+from tests.matrix import CHECKOUT, MatrixError, cache, debian13, kernels, missing_packages, vendors, verdicts, witnesses
 from tests.matrix.boot import STOP, TIMED_OUT, BootError, Machine, Outcome, virtme_ng
 
 SCHEMA = "kvmreq.matrix/1"
@@ -165,6 +165,7 @@ def run_kernels(names: Sequence[str], wanted: Wanted, tally: Tally) -> list[dict
             "release": kernel.release,
             "version": kernel.version,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "vendors": {module: vendors.functions(kernel, module) for module in ("kvm_amd", "kvm_intel")},
             "userspaces": {},
         }
         results.append(result)

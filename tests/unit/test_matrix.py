@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import doctest
+import lzma
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.runner import Run
 from lab.scenarios import RAISED_INSIDE_KVM_RUN, SCENARIOS, Scenario, never_outside
-from tests.matrix import MatrixError, apt, inside, kernels, suite, truth, verdicts
+from tests.matrix import MatrixError, apt, inside, kernels, suite, truth, vendors, verdicts
 
 ROW: dict[str, Any] = {"vm": 0, "vcpu": 0, "raised_by": "set_mce", "end": "lost", "blind_saves": 1}
 TOLD: dict[str, Any] = {
@@ -171,3 +175,62 @@ def test_work_in_a_child_comes_back_or_is_ended() -> None:
 def test_examples() -> None:
     """Those in docstrings hold."""
     assert doctest.testmod(apt).failed == 0
+
+
+def test_a_vendor_module_is_read_by_its_symbols_and_its_types(tmp_path: Path) -> None:
+    """Of a module made here: one function in both, one without BTF, one that is data, and the rest absent."""
+    if not shutil.which("gcc") or not shutil.which("objcopy"):
+        pytest.skip("no gcc and binutils: apt install gcc")
+    source, types = tmp_path / "module.c", tmp_path / "types"
+    source.write_text(
+        "int nested_vmx_abort(void) { return 1; }\nint svm_set_efer(void) { return 2; }\nint nested_svm_vmexit;\n"
+    )
+    types.write_bytes(b"\0int\0nested_vmx_abort\0not_nested_svm_vmexit\0")
+    folder = tmp_path / "lib/modules/1.2.3/kernel/arch/x86/kvm"
+    folder.mkdir(parents=True)
+    module = folder / "kvm-intel.ko"
+    subprocess.run(["gcc", "-c", "-o", module, source], check=True)
+    subprocess.run(["objcopy", "--add-section", f".BTF={types}", module], check=True)
+    (folder / "kvm-amd.ko.xz").write_bytes(lzma.compress(module.read_bytes()))
+    kernel = kernels.Kernel("1.2", "1.2.3", "1", tmp_path)
+    assert vendors.functions(kernel, "kvm_intel") == {
+        "nested_vmx_abort": vendors.BOTH,
+        "nested_vmx_triple_fault": vendors.ABSENT,
+    }
+    amd = vendors.functions(kernel, "kvm_amd")
+    assert amd.pop("svm_set_efer") == vendors.SYMBOL_ONLY
+    assert set(amd.values()) == {vendors.ABSENT}
+    module.unlink()
+    with pytest.raises(MatrixError, match="has no kvm-intel"):
+        vendors.functions(kernel, "kvm_intel")
+
+
+def of_both(plan: list[str], *rows: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of one of two recordings of the same time; ``plan``: functions that it hooks."""
+    row = {
+        "vm": 7, "pid": 5, "vcpu": 0, "request": "triple_fault", "raised_ns": [1, 2], "raised_by": "kvm_run",
+        "end": "lost", "userspace_exits": 0, "saves": 0, "blind_saves": 1, "nested": False, "stale": False,
+    }  # fmt: skip
+    return {
+        "vms": [{"vm": 7, "pid": 5, "first_ns": 10}],
+        "lifecycles": [{**row, **one} for one in rows],
+        "shutdowns": [{"vm": 7, "pid": 5, "vcpu": 0, "source": "request", "nested": False}],
+        "recording": {"plan": [{"fact": "", "hook": f"kprobe:{target}", "unseen": None} for target in plan]},
+    }
+
+
+def test_two_engines_differ_only_in_what_a_plan_declares() -> None:
+    """Who raised it may be unseen to the one without the hook; nothing else may differ."""
+    rsm = ["emulator_triple_fault"]
+    assert truth.between(of_both(rsm, {"raised_by": "rsm"}), of_both(rsm, {"raised_by": "rsm"})) == []
+    assert truth.between(of_both(rsm, {"raised_by": "rsm"}), of_both([], {})) == []
+    assert truth.between(of_both([], {}), of_both(rsm, {"raised_by": "rsm"})) == []
+    assert "raised by rsm and by kvm_run" in truth.between(of_both(rsm, {"raised_by": "rsm"}), of_both(rsm, {}))[0]
+    assert (
+        "raised by rsm and by exception"
+        in truth.between(of_both([], {"raised_by": "rsm"}), of_both([], {"raised_by": "exception"}))[0]
+    )
+    for change in ({"end": "abandoned"}, {"saves": 1}, {"vcpu": 1}, {"nested": True}, {"userspace_exits": 23}):
+        assert truth.between(of_both([], {}), of_both([], change))
+    assert truth.between(of_both([], {}), of_both([], {}, {}))
+    assert truth.between(of_both([], {}), {**of_both([], {}), "shutdowns": []})
