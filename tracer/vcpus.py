@@ -373,6 +373,11 @@ class Vcpus:
             return
         state = self._vcpus.get(inside.vcpu)
         reading = self._preserved(record, time_ns, inside.vcpu)
-        if state is not None and reading is not None:
+        if state is None:
+            return
+        if reading is None and site is Site.RSM:
+            # emulator_triple_fault() does nothing but raise it, so the word need not be read there.
+            reading = _Reading(time_ns, state.word | 1 << TRIPLE_FAULT, 0, state.seen & Flag.NESTED)
+        if reading is not None:
             reading.cap = state.seen & Flag.CAP
             self._boundary(state, reading, (Kind.SITE, site, 0), (record.common_pid, cpu))

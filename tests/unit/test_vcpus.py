@@ -21,7 +21,9 @@ class Stream:
     """Records of one thread, a nanosecond apart."""
 
     def __init__(self, **settings: Any) -> None:
-        self.vcpus = Vcpus(watched=TF, cap_exists=True, sites={"site_x": Site.EXCEPTION}, **settings)
+        self.vcpus = Vcpus(
+            watched=TF, cap_exists=True, sites={"site_x": Site.EXCEPTION, "site_rsm": Site.RSM}, **settings
+        )
         self.now = 100
         self.word = 0
         self.cap = 0
@@ -112,6 +114,15 @@ def test_a_function_inside_kvm_is_believed_if_a_register_holds_the_vcpu(holds: i
     stream.word = TF
     stream("vcpu_put")("kvm_userspace_exit", reason=8, errno=0)
     assert [kind for kind, _, _ in stream.story[1:]] == told
+
+
+def test_rsm_has_raised_it_wherever_the_vcpu_is_kept() -> None:
+    """The function that says so does nothing else: also what KVM_RUN delivers at once was a request."""
+    registers = dict.fromkeys(PRESERVED, 0) | {f"{name}_requests": 0 for name in PRESERVED}
+    stream = Stream()("vcpu_create")("vcpu_ioctl", cmd=KVM_RUN)("site_rsm", **registers)
+    stream("vcpu_put")("kvm_userspace_exit", reason=8, errno=0)
+    assert stream.story[1:] == [(Kind.SITE, False, True), (Kind.RUN_EXIT, True, False)]
+    assert stream.events[1]["arg"] == Site.RSM
 
 
 def test_registers_written_in_real_mode_are_a_reset_while_something_is_pending() -> None:
