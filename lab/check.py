@@ -14,11 +14,11 @@ from lab.runner import Run
 Row = Mapping[str, Any]
 
 
-def differences(report: Mapping[str, Any], run: Run, tells: Collection[str]) -> list[str]:
+def differences(report: Mapping[str, Any], run: Run, tells: Collection[str], *, excused: str = "") -> list[str]:
     """Return in what a report of one traced run differs from the truth.
 
-    ``tells``: of the words in RAISED_INSIDE_KVM_RUN those that the engine tells. VMs that ran at once, in threads,
-    cannot be told apart here.
+    ``tells``: of the words in RAISED_INSIDE_KVM_RUN those that the engine tells. ``excused``: words of a reason for
+    which a request may be undecided, however it ended. VMs that ran at once, in threads, cannot be told apart here.
     """
     mine = [vm for vm in report["vms"] if vm["pid"] in run.pids and run.begin_ns <= vm["first_ns"] <= run.end_ns]
     if len(mine) != run.vms:
@@ -28,7 +28,7 @@ def differences(report: Mapping[str, Any], run: Run, tells: Collection[str]) -> 
     return [
         f"{run.scenario}: {wrong}"
         for what, must in (("lifecycles", truth.lifecycles), ("shutdowns", truth.shutdowns))
-        for wrong in _compare(what, _numbered(report[what], order), must)
+        for wrong in _compare(what, _numbered(report[what], order), must, excused)
     ]
 
 
@@ -36,15 +36,25 @@ def _numbered(rows: Iterable[Row], order: Mapping[int, int]) -> list[Row]:
     return [{**row, "vm": order[row["vm"]]} for row in rows if row["vm"] in order]
 
 
-def _compare(what: str, rows: list[Row], must: Iterable[Row]) -> list[str]:
+def undecided_for(row: Row, excused: str) -> bool:
+    """Tell whether a lifecycle is undecided for a reason with these words."""
+    return bool(excused) and row.get("end") == "undecided" and excused in row["why"]
+
+
+def _compare(what: str, rows: list[Row], must: Iterable[Row], excused: str) -> list[str]:
     left = list(rows)
     wrong = []
     for one in must:
-        found = next((row for row in left if all(row[key] == value for key, value in one.items())), None)
+        found = next((row for row in left if _is(row, one, excused)), None)
         if found is None:
             wrong.append(f"{what} lack {dict(one)}")
         else:
             left.remove(found)
-            if found.get("why"):
+            if found.get("why") and not undecided_for(found, excused):
                 wrong.append(f"{what} have a doubt that they must not have: {found['why']}")
     return [*wrong, *(f"{what} have what they must not: {dict(row)}" for row in left)]
+
+
+def _is(row: Row, one: Row, excused: str) -> bool:
+    doubtful = undecided_for(row, excused)
+    return all(row[key] == value for key, value in one.items() if not (doubtful and key == "end"))

@@ -29,6 +29,7 @@ def report(*rows: dict[str, Any], vms: tuple[int, ...] = (7,)) -> dict[str, Any]
         "lifecycles": [earlier, *({"vm": vms[0], "why": "", **row} for row in rows)],
         "shutdowns": [],
         "recording": {"plan": []},
+        "loss": {"missed": 0},
     }
 
 
@@ -92,7 +93,7 @@ def hidden_but_there(scenario: Scenario) -> bool:
 def boot(**changes: Any) -> dict[str, Any]:
     """Return the results of a boot in which everything was right, but for one engine's changes."""
     engine = {
-        "engine": "kprobe", "refused": None, "status": 0, "clean": True, "loss": 0, "attached": 23,
+        "engine": "kprobe", "refused": None, "status": 0, "clean": True, "loss": 0, "missed": 0, "attached": 23,
         "left_behind": [], "left_behind_by_kill": [],
         "scenarios": {"lost": {"result": "exact", "reasons": []}, "rsm": {"result": "cannot run", "reasons": ["old"]}},
         "witnesses": {},
@@ -209,12 +210,12 @@ def of_both(plan: list[str], *rows: dict[str, Any]) -> dict[str, Any]:
     """Return the report of one of two recordings of the same time; ``plan``: functions that it hooks."""
     row = {
         "vm": 7, "pid": 5, "vcpu": 0, "request": "triple_fault", "raised_ns": [1, 2], "raised_by": "kvm_run",
-        "end": "lost", "userspace_exits": 0, "saves": 0, "blind_saves": 1, "nested": False, "stale": False,
+        "end": "lost", "userspace_exits": 0, "saves": 0, "blind_saves": 1, "nested": False, "stale": False, "why": "",
     }  # fmt: skip
     return {
         "vms": [{"vm": 7, "pid": 5, "first_ns": 10}],
         "lifecycles": [{**row, **one} for one in rows],
-        "shutdowns": [{"vm": 7, "pid": 5, "vcpu": 0, "source": "request", "nested": False}],
+        "shutdowns": [{"vm": 7, "pid": 5, "vcpu": 0, "time_ns": 5, "source": "request", "nested": False}],
         "recording": {"plan": [{"fact": "", "hook": f"kprobe:{target}", "unseen": None} for target in plan]},
     }
 
@@ -230,6 +231,9 @@ def test_two_engines_differ_only_in_what_a_plan_declares() -> None:
         "raised by rsm and by exception"
         in truth.between(of_both([], {"raised_by": "rsm"}), of_both([], {"raised_by": "exception"}))[0]
     )
+    missed = {"end": "undecided", "why": f"{truth.MISSED}, and they may be what decides it"}
+    assert truth.between(of_both([], {}), of_both([], missed)) == []
+    assert truth.between(of_both([], {}), of_both([], {**missed, "why": "its end was not seen"}))
     for change in ({"end": "abandoned"}, {"saves": 1}, {"vcpu": 1}, {"nested": True}, {"userspace_exits": 23}):
         assert truth.between(of_both([], {}), of_both([], change))
     assert truth.between(of_both([], {}), of_both([], {}, {}))
