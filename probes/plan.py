@@ -367,6 +367,11 @@ class Plan:
         """Return the hooks to set, in the order in which to set them."""
         return tuple(planned.hook for planned in self.hooks if planned.missing is None)
 
+    def refusing(self, hook: Hook, why: str) -> Plan:
+        """Return the plan without a hook that the kernel has refused to set."""
+        hooks = tuple(Planned(one.hook, f"refused: {why}") if one.hook == hook else one for one in self.hooks)
+        return replace(self, hooks=hooks)
+
     def as_json(self) -> list[dict[str, Any]]:
         """Return the plan as doctor prints it and recordings carry it."""
         return [*(planned.as_json() for planned in self.hooks), *(blind.as_json() for blind in self.blind)]

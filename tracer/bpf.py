@@ -130,12 +130,11 @@ class Engine:
         self._ring = Ring(self._bpf[b"ring"].map_fd, settings.ring_bytes, EVENT)
         self._seen_losses = -1
         self._vcpu_losses: Mapping[int, VcpuLoss] = {}
-        self.unseen: list[str] = []
 
     def attach(self) -> None:
         """Set every hook of the plan, in its order.
 
-        A hook that the kernel refuses although it should exist is left out and named in :attr:`unseen`, unless the
+        A hook that the kernel refuses although it should exist is left out of :attr:`plan`, unless the
         engine cannot do without it.
         """
         for hook in self.plan.attachable:
@@ -149,7 +148,7 @@ class Engine:
                             f"the {self.plan.engine} engine cannot hook {hook.target}: {why}",
                             hint="kvmreq doctor tells what works here",
                         ) from error
-                    self.unseen.append(f"{hook.unseen} ({hook.target} refused: {why})")
+                    self.plan = self.plan.refusing(hook, why)
 
     def _attach(self, hook: Hook) -> None:
         # BCC warns of names that are no bytes.
@@ -244,7 +243,7 @@ class Engine:
                     take_away(event=target, fn_name=fn_name)
                     self._attach(hook)
                 except Exception as error:
-                    self.unseen.append(f"{hook.unseen} ({hook.target} refused: {_why(error, printed())})")
+                    self.plan = self.plan.refusing(hook, _why(error, printed()))
 
     def detach(self) -> None:
         """Take every hook away. The ring can still be drained.

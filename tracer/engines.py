@@ -34,8 +34,7 @@ class Choice:
 class Engine(Protocol):
     """Hooks in the running kernel, and what they have to say. Leaving it takes them all away."""
 
-    plan: Plan
-    unseen: list[str]  # what hooks that the kernel refused would have told
+    plan: Plan  # once attached without the hooks that the kernel refused
 
     def attach(self) -> None:
         """Set every hook of the plan, in its order."""

@@ -202,7 +202,6 @@ class Engine:
     def __init__(self, plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> None:
         self.plan = plan
         self.settings = settings
-        self.unseen: list[str] = []
         root = tracefs()
         if root is None:
             raise CannotTrace(f"the ftrace engine does not work here: {no_tracefs()}")
@@ -278,7 +277,7 @@ class Engine:
     def attach(self) -> None:
         """Make and enable every probe event of the plan, in its order.
 
-        An event that the kernel refuses although its function exists is left out and named in :attr:`unseen`, unless
+        An event that the kernel refuses although its function exists is left out of :attr:`plan`, unless
         the engine cannot do without it.
         """
         for hook in self.plan.attachable:
@@ -291,7 +290,7 @@ class Engine:
                         f"the ftrace engine cannot hook {hook.target}: {why}",
                         hint="kvmreq doctor tells what works here",
                     ) from error
-                self.unseen.append(f"{hook.unseen} ({hook.target} refused: {why})")
+                self.plan = self.plan.refusing(hook, why)
 
     def _why(self, error: OSError) -> str:
         # tracefs says what it does not like about a command. Linux commit 8a062902be72 ("tracing: Add tracing

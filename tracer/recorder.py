@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,11 +120,6 @@ class _SegmentWriter(threading.Thread):
         self.join()
 
 
-def _unseen(words: Iterable[str]) -> list[dict[str, Any]]:
-    # Lines of the plan for hooks that exist and that the kernel refused.
-    return [{"fact": "a hook that exists", "hook": None, "unseen": unseen} for unseen in words]
-
-
 @dataclass
 class Recorder:
     """One recording in the making. Use: ``start()``, then ``poll()`` until it should end, then ``stop()``."""
@@ -159,7 +154,7 @@ class Recorder:
             self._engine.attach()
             self._modules = host.kvm_modules()
             table = requests.names(host.release())
-            self._plan_lines = self.plan.as_json() + _unseen(self._engine.unseen)
+            self._plan_lines = self._engine.plan.as_json()
             self._writer = Writer(
                 self.path,
                 {
@@ -215,15 +210,12 @@ class Recorder:
         self._modules = now
         if not came:
             return  # one was unloaded: its hooks are gone, and so is what they would have seen
-        known = len(self._engine.unseen)
         self._engine.loaded_again(came)
         self._census()
         what = f"{' and '.join(came)} {'was' if len(came) == 1 else 'were'} loaded again"
         self.notes.append(f"{what}: hooks in {'it' if len(came) == 1 else 'them'} are set anew")
-        self._plan_lines += [
-            {"fact": what, "hook": None, "unseen": "what its functions told until the hooks in it were set anew"},
-            *_unseen(self._engine.unseen[known:]),
-        ]
+        again = {"fact": what, "hook": None, "unseen": "what its functions told until the hooks in it were set anew"}
+        self._plan_lines = [*self._engine.plan.as_json(), again]
         self._writer.update(plan=self._plan_lines)
 
     def poll(self, timeout_s: float = _POLL_S) -> None:

@@ -231,8 +231,7 @@ class Statistics:
         except BaseException:
             self.close()
             raise
-        self._unseen = [line["unseen"] for line in self.plan.as_json() if line["hook"] is None]
-        self._unseen += self._programs.unseen
+        self._unseen = [line["unseen"] for line in self._programs.plan.as_json() if line["hook"] is None]
         self._unseen += [
             f"the names of {name}'s reasons (its format in tracefs cannot be read)"
             for name in exits.EVENTS

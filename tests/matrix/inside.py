@@ -223,7 +223,9 @@ def say(text: str) -> None:
     print(f"{time.monotonic():7.1f} {text}", flush=True)
 
 
-def try_engine(engine: str, out: Path, names: Sequence[str], witnesses: Sequence[Path]) -> dict[str, Any]:
+def try_engine(
+    engine: str, out: Path, names: Sequence[str], witnesses: Sequence[Path], *, again: bool
+) -> dict[str, Any]:
     """Record every scenario with one engine, then kill another recording; return what happened."""
     before, began = traces(), time.monotonic()
     told: dict[str, Any] = {"engine": engine, "refused": None}
@@ -238,7 +240,7 @@ def try_engine(engine: str, out: Path, names: Sequence[str], witnesses: Sequence
     try:
         told["runs"] = [{"name": name, **_in_child(partial(truth.run, name), SCENARIO_S)} for name in names]
         told["witnesses"] = [witness(program) for program in witnesses]
-        if load_again(record):
+        if again and load_again(record):
             told["runs"] += [
                 {"name": f"{name} (kvm_amd loaded again)", **_in_child(partial(truth.run, name), SCENARIO_S)}
                 for name in names
@@ -294,6 +296,7 @@ def main(words: Sequence[str]) -> int:
     """Try every engine; the exit status says only whether it came to the end."""
     parser = argparse.ArgumentParser("python3 -m tests.matrix.inside")
     parser.add_argument("engines", nargs="+", metavar="ENGINE")
+    parser.add_argument("--again", action="store_true", help="load kvm_amd again under each recording")
     parser.add_argument("--together", nargs=2, default=(), metavar="ENGINE", help="these two at the same time, as well")
     arguments = parser.parse_args(words)
     out = Path(os.environ["MATRIX_OUT"])
@@ -326,7 +329,7 @@ def main(words: Sequence[str]) -> int:
     for engine in arguments.engines:
         keep()
         try:
-            told["engines"].append(try_engine(engine, out, names, witnesses))
+            told["engines"].append(try_engine(engine, out, names, witnesses, again=arguments.again))
         except OSError as error:  # of this engine alone: the others are still worth trying
             told["failed"].append(f"{engine}: {error}")
     if arguments.together:

@@ -185,7 +185,7 @@ def run_boot(job: Job, wanted: Wanted, tally: Tally) -> None:
     try:
         machine = wanted.machine(job.series, job.userspace)
         both = TOGETHER if wanted.wholly(job.series) and set(TOGETHER) <= set(job.engines) else ()
-        outcome = _boot(where, job, machine, folder, both)
+        outcome = _boot(where, job, machine, folder, both, wanted.wholly(job.series))
         boot = verdicts.of_boot(folder)
     except (MatrixError, OSError, ValueError) as error:
         tally.fail(f"{where}: {error}")
@@ -199,10 +199,12 @@ def run_boot(job: Job, wanted: Wanted, tally: Tally) -> None:
         tally.fail(f"{where}: what runs inside {what}: {outcome.output[-2000:]}")
 
 
-def _boot(where: str, job: Job, machine: Machine, folder: Path, both: Sequence[str]) -> Outcome:
+def _boot(where: str, job: Job, machine: Machine, folder: Path, both: Sequence[str], again: bool) -> Outcome:
     # The interpreter that has what kvmreq imports: that of this process, or Debian 13's own.
     python = sys.executable if job.userspace == "debian12" else "python3"
     command = [python, "-m", "tests.matrix.inside", *job.engines, *(("--together", *both) if both else ())]
+    if again:
+        command.append("--again")
     say(f"{where}: booting {job.kernel.release} ({job.kernel.version})")
     try:
         return machine.run(job.kernel, command, folder, _Lines(where))

@@ -25,7 +25,7 @@ RESULTS = (EXACT, DECLARED, WRONG, CANNOT_RUN)
 
 
 # Of the scenarios, those that may be undecided since the kernel left out runs of programs or probes.
-MOST_DOUBTFUL = 0.25
+MOST_DOUBTFUL = 0.5
 
 
 @dataclass(frozen=True)

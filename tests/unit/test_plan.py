@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from probes.plan import HOOKS, Via, make
+from probes.plan import HOOKS, Via, make, tells
 
 EVENTS = (Via.RAW_TRACEPOINT, Via.TRACE_EVENT)
 FUNCTIONS = {hook.target for hooks, _ in HOOKS.values() for hook in hooks if hook.via not in EVENTS}
@@ -97,3 +97,16 @@ def test_a_kernel_without_anything_has_no_hope(engine: str) -> None:
 def test_what_ends_an_ioctl_is_set_before_what_begins_one(engine: str) -> None:
     """Else a begin would go without its end while the hooks are being set."""
     assert HOOKS[engine][0][-1].program in ("on_sys_enter", "on_kvm_vcpu_ioctl", "vcpu_ioctl")
+
+
+def test_a_refused_hook_is_no_hook() -> None:
+    """It stands in the plan with the kernel's reason, and nobody counts on what it would have told."""
+    whole = make("fentry", FUNCTIONS, TRACEPOINTS)
+    hook = next(hook for hook in whole.attachable if hook.target == "kvm_multiple_exception")
+    left = whole.refusing(hook, "Invalid argument")
+    assert hook not in left.attachable
+    assert len(left.attachable) == len(whole.attachable) - 1
+    assert [line["unseen"] for line in left.as_json() if "Invalid argument" in (line["unseen"] or "")] == [
+        f"{hook.unseen} (refused: Invalid argument)"
+    ]
+    assert tells(whole.as_json()) - tells(left.as_json()) == {"exception"}
