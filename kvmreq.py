@@ -431,6 +431,7 @@ def demo(arguments: argparse.Namespace) -> int:
     print(text.report(judgement, by_request(judgement.lifecycles)), end="")
     page = path / "report.html"
     html.write(page, [html.Source(judgement, by_request(judgement.lifecycles), bound(story, recording))])
+    page.chmod(0o600)  # as all of the recording
     seen, told = document.document(judgement), tells(recorder.plan.as_json())
     wrong = {run.scenario: check.differences(seen, run, told) for run in runs}
     right = [name for name, lines in wrong.items() if not lines]
