@@ -19,6 +19,8 @@ from tests.matrix.verdicts import CANNOT_RUN, DECLARED, EXACT, WRONG
 PAGE = CHECKOUT / "docs/compatibility.md"
 DATA = CHECKOUT / "docs/compatibility.json"
 
+NOT_TRIED = "-"  # an engine that holds the module does not let it be loaded again
+
 HEAD = """\
 # Compatibility
 
@@ -31,6 +33,7 @@ then compared with what each scenario must give. `make matrix` does it again, `m
 - **declared**: the same, but for what the engine says that it cannot see (below)
 - **wrong**: anything else
 - **cannot run**: the kernel lacks what the scenario needs
+- **-**: not tried
 - **refused**: the engine does not work there, and says why (below)
 
 No kernel headers were installed. Of every engine it was checked, too, whether a recording that ends, and one that is
@@ -148,7 +151,7 @@ def _of_kernel(kernel: Mapping[str, Any]) -> str:
         [
             name.replace("_", "\\_"),
             *(
-                _merged({userspace: engine["results"][name][0] for userspace, engine in tried.items()})
+                _merged({userspace: engine["results"].get(name, [NOT_TRIED])[0] for userspace, engine in tried.items()})
                 for _, tried in working
             ),
         ]
