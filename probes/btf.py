@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +122,20 @@ class Btf:
         Raises :class:`MissingField` when the kernel has no such type or field.
         """
         return self._locate(path)[0]
+
+    def offsets(self, fields: Iterable[tuple[str, str, bool]]) -> dict[str, int]:
+        """Return the offsets of fields by names of one's own; each is (name, field, whether it may be missing).
+
+        Raises :class:`MissingField` for one that may not.
+        """
+        found = {}
+        for name, path, optional in fields:
+            try:
+                found[name] = self.offset(path)
+            except MissingField:
+                if not optional:
+                    raise
+        return found
 
     def size(self, path: str) -> int:
         """Return the size in bytes of a type, or of a field such as ``kvm_vcpu.requests``."""

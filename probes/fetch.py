@@ -45,13 +45,7 @@ def offsets(btf: Btf) -> dict[str, int]:
 
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
-    found = {}
-    for name, field, optional in _FIELDS:
-        try:
-            found[name] = btf.offset(field)
-        except MissingField:
-            if not optional:
-                raise
+    found = btf.offsets(_FIELDS)
     if "owner" not in found and "userspace_pid" not in found:
         raise MissingField("the kernel's BTF has neither mm_struct.owner nor kvm.userspace_pid")
     return found

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from probes import schema
-from probes.btf import Btf, MissingField
+from probes.btf import Btf
 from probes.plan import Hook, Plan, Via
 from probes.requests import TRIPLE_FAULT
 
@@ -82,13 +82,7 @@ def offsets(btf: Btf) -> dict[str, int]:
 
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
-    found = {}
-    for constant, path, optional in _FIELDS:
-        try:
-            found[constant] = btf.offset(path)
-        except MissingField:
-            if not optional:
-                raise
+    found = btf.offsets(_FIELDS)
     for constant, what in _SIZES:
         if btf.has(what):
             found[constant] = btf.size(what)

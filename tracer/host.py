@@ -164,6 +164,7 @@ def tracepoints(names: Iterable[str]) -> set[str]:
     return {name.removeprefix("__traceiter_") for name in found}
 
 
+@cache  # every engine asks, and BTF takes its time
 def preempts_raw_tracepoints() -> bool:
     """Tell whether programs on raw tracepoints can be preempted, and with tracefs there is another way.
 
