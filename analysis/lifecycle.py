@@ -205,7 +205,7 @@ class _Rows:
         if isinstance(events, np.ndarray) and numbers.all() and (numbers[1:] < numbers[:-1]).any():
             events = events.take(by_key(numbers))  # whole records: faster than column by column, below
         column = {name: np.ascontiguousarray(events[name]) for name in _COLUMNS}
-        whole = column["vcpu"] == 0
+        whole = (column["vcpu"] == 0) | (column["seq"] == 0)  # and what other threads saw of a vCPU
         exits = np.flatnonzero(whole & (column["kind"] == Kind.VMM_EXIT)) if whole.any() else np.empty(0, np.int64)
         own = np.flatnonzero(~whole) if whole.any() else np.arange(len(whole))
         self.position = own

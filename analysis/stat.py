@@ -232,10 +232,11 @@ class Recorded:
 def recorded(batch: Array, before: Recorded | None = None, isa: int = 0) -> Recorded:
     """Count all exits and requests in a batch of events of detail full, on top of what ``before`` holds.
 
-    ``isa`` is the instruction set that names the reasons of exits from the guest.
+    ``isa`` is the instruction set that names the reasons of exits from the guest, where the event does not tell it.
     """
     before = before or Recorded()
-    events = np.concatenate([before.carried, batch[batch["vcpu"] > 0]])  # 0: about a whole VM or VMM
+    # Without those about a whole VM or VMM, and those of other threads.
+    events = np.concatenate([before.carried, batch[(batch["vcpu"] > 0) & (batch["seq"] > 0)]])
     order = by_key(events["vcpu"])
     events, carried = events[order], order < len(before.carried)
     vcpu, kind, times = events["vcpu"], events["kind"], events["time_ns"].astype("i8")
@@ -279,7 +280,10 @@ def _times(begins: Array, kind: Kind, isa: int, counted: Array, ended: Array, la
     keys = np.zeros(len(begins), KEY)
     keys["vcpu"], keys["kind"] = begins["vcpu"], kind
     keys["reason"] = begins["arg"] & np.uint64(0xFFFFFFFF)
-    keys["variant"] = isa if kind is Kind.GUEST else (begins["arg"] >> np.uint64(32)).astype("u4").view("i4")
+    own = (
+        begins["detail"].view("i4") if kind is Kind.GUEST else (begins["arg"] >> np.uint64(32)).astype("u4").view("i4")
+    )
+    keys["variant"] = np.where(own == 0, isa, own) if kind is Kind.GUEST else own
     unique, group = np.unique(keys, return_inverse=True)
     values = np.zeros(len(unique), VALUE)
     np.add.at(values["count"], group[counted], 1)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Version of the recorded schema. A reader refuses a newer one: a field that it does not know may change a verdict.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Field(NamedTuple):
@@ -34,7 +34,9 @@ FIELDS = (
     Field("before", "u8", "vcpu->requests as it was last read before, at since_ns"),
     Field("arg", "u8", "by kind: see Kind"),
     Field("vcpu", "u4", "number of the vCPU, unique in the recording, from 1; 0: the event concerns a whole VM or VMM"),
-    Field("seq", "u4", "number of this event among those produced for this vCPU, from 1: a gap proves a loss"),
+    Field(
+        "seq", "u4", "number of this event among those produced for this vCPU, from 1: a gap is a loss; 0: see REMOTE"
+    ),
     Field("pid", "u4", "process (tgid) that owns the VM"),
     Field("tid", "u4", "thread that ran the hook"),
     Field("detail", "u4", "by kind: see Kind"),
@@ -65,8 +67,30 @@ class Kind(IntEnum):
     RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32
     RESET = 11  # the vCPU was reset: kvm_vcpu_reset, or registers written in real mode by user space; arg: cmd or 0
     SITE = 12  # inside KVM, after a function that raises, clears or explains a request; arg: a Site
-    GUEST_ENTRY = 13  # detail full: the guest is entered
-    GUEST_EXIT = 14  # detail full: the guest was left; arg: hardware exit reason
+    # From here on in detail full only.
+    GUEST_ENTRY = 13  # the guest is entered
+    GUEST_EXIT = 14  # the guest was left; arg: hardware exit reason; detail: its instruction set (1 VMX, 2 SVM), or 0
+    WAKEUP = 15  # the vCPU stops blocking; arg: for how many ns it did; detail: 1 if it slept, 0 if it only polled
+    KICK = 16  # REMOTE: kvm_vcpu_kick of it begins; detail: vcpu->mode as the kicker sees it
+    REQUEST_ALL = (
+        17  # vcpu 0: vCPUs of a VM are about to get a request; arg: see REQUEST_MASK; detail: number of the VM;
+    )
+    #                   requests: mask of the vCPUs by index, all ones: every one
+    REQUEST_ALL_END = 18  # vcpu 0: that returned; since_ns: when it began; the rest as there
+    IN_GUEST_STILL = 19  # REMOTE: at the REQUEST_ALL_END of a request with WAIT the vCPU was in guest mode and had it
+    #                      pending; arg: as there; since_ns: when the requester began; detail: vcpu->mode
+
+
+#: Events about a vCPU from another thread. They have no sequence number and stand apart from its own: the word that
+#: they hold is as that thread saw it, ``before`` the same, and the next event of the vCPU does not know of them.
+REMOTE = (Kind.KICK, Kind.IN_GUEST_STILL)
+
+# In ``arg`` of REQUEST_ALL: the number of the request in the low 8 bits, KVM's flags above (include/linux/kvm_host.h).
+REQUEST_MASK = 0xFF
+REQUEST_FLAGS = {"NO_WAKEUP": 1 << 8, "WAIT": 1 << 9, "NO_ACTION": 1 << 10}
+
+# enum of vcpu->mode (include/linux/kvm_host.h), as the kernel numbers it.
+OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
 
 
 class Flag(IntFlag):

@@ -391,7 +391,7 @@ class _Trace:
                 parts.append(self._events(_INSTANT, track, "events lost", "loss", [lost.last_ns], arguments))
         grown = {
             cause: getattr(loss, cause) - getattr(self._loss, cause)
-            for cause in ("ring_full", "map_full", "missed", "not_written")
+            for cause in ("ring_full", "map_full", "missed", "not_written", "kicks")
         }
         if any(count > 0 for count in grown.values()):
             parts.append(self._events(_INSTANT, _uuid(_LOSSES), "lost", "loss", [until_ns], grown))

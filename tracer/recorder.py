@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,7 +278,7 @@ class Recorder:
     def loss(self) -> Loss:
         """Return everything that was lost until now, or until :meth:`stop`."""
         loss = self._engine.loss() if self._final_loss is None else self._final_loss
-        return Loss(loss.ring_full, loss.map_full, loss.missed, self._segments.not_written, loss.vcpus)
+        return replace(loss, not_written=self._segments.not_written)
 
     @property
     def size(self) -> int:
