@@ -98,13 +98,13 @@ def _start_command(command: Sequence[str]) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _follower(style: str, names: Callable[[], dict[int, str]]) -> tuple[Any, Callable[[Any], None]]:
+def _follower(style: str, full: bool, names: Callable[[], dict[int, str]]) -> tuple[Any, Callable[[Any], None]]:
     """Return what prints each lifecycle as it ends, and what prints those that are open when the recording ends."""
     from analysis.lifecycle import Lifecycles
     from reports import document, judged, text, words
     from tracer import host
 
-    core = Lifecycles(names())
+    core = Lifecycles(names(), full=full)
     clock = words.Clock(host.clock_pair())
     if style == "text":
         print(text.live_heading(), flush=True)
@@ -155,7 +155,7 @@ def record(arguments: argparse.Namespace) -> int:
     finish = None
     try:
         if arguments.follow:
-            recorder.follower, finish = _follower(arguments.format, partial(watched, wish))
+            recorder.follower, finish = _follower(arguments.format, wish.full, partial(watched, wish))
         _notes_of(recorder)
         until = "until Ctrl-C" if not command and arguments.duration is None else "live"
         note(f"recording into {path} with the {recorder.plan.engine} engine, {until}")

@@ -70,7 +70,8 @@ class Judgement:
 
 def judge(recording: Source) -> Judgement:
     """Return the verdicts of a recording."""
-    core = Lifecycles({int(bit): name for bit, name in recording.meta["requests_by_bit"].items()})
+    names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}
+    core = Lifecycles(names, full=recording.meta.get("detail") == "full")
     exposure = Exposure()
     lifecycles, shutdowns = [empty_lifecycles()], [empty_shutdowns()]
     loss, events = Loss(), 0

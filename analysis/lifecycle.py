@@ -10,18 +10,20 @@ transition that the event saw; ``known != before`` is one whose event was lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.rows import by_key
+from analysis.rows import by_key, column, find, heads
 from probes.requests import TRIPLE_FAULT
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     PAYLOAD_PENDING,
+    REQUEST_MASK,
     VALID_TRIPLE_FAULT,
     Flag,
     Kind,
@@ -67,6 +69,11 @@ _RAISER = {name: place for place, name in enumerate(_RAISERS)}
 #: ``vm``, ``vcpu_number``: numbers of the recording; ``pid``: the VMM; ``vcpu``: KVM's vcpu_id. ``raised_after_ns`` and
 #: ``raised_ns``, ``ended_after_ns`` and ``ended_ns``: CLOCK_MONOTONIC intervals (last seen without, first seen with);
 #: 0: at some time since boot; ``ended_ns`` -1: has not ended. ``why``: what a verdict hangs on, or empty.
+#:
+#: ``raised_in``: where the vCPU was meanwhile, a word of :data:`PLACES`. ``requester_tid``, ``requester_cpu``: the
+#: thread that raised it and its CPU; 0 and -1 if unknown. Detail full: ``kicked_ns``: the first kick for it that was
+#: seen; ``left_guest_ns``: when the vCPU left the guest in which it was when the request was raised; ``reentered_ns``:
+#: when it entered the guest with the request serviced. CLOCK_MONOTONIC, or -1: not seen, or none.
 LIFECYCLE = {
     "vm": "u4",
     "pid": "u4",
@@ -86,7 +93,25 @@ LIFECYCLE = {
     "stale": "bool",
     "exposed": "bool",
     "why": "str",
+    "raised_in": "str",
+    "requester_tid": "u4",
+    "requester_cpu": "i4",
+    "kicked_ns": "i8",
+    "left_guest_ns": "i8",
+    "reentered_ns": "i8",
 }
+#: Where a vCPU can be when a request is raised. In detail boundary nobody sees more than that it was inside KVM_RUN.
+PLACES = {
+    "unknown": "not seen",
+    "user_space": "in user space, between two ioctls",
+    "ioctl": "in an ioctl other than KVM_RUN",
+    "kvm_run": "in KVM_RUN, in the guest or in the kernel",
+    "kernel": "in KVM_RUN, outside the guest",
+    "halted": "asleep in KVM_RUN: it was halted",
+    "guest": "in the guest",
+}
+_PLACES = np.array(list(PLACES), object)
+_PLACE = {name: place for place, name in enumerate(PLACES)}
 #: Columns of a table of KVM_EXIT_SHUTDOWN; ``source``: "request", or "hardware" where no request made it.
 SHUTDOWN = {
     "vm": "u4",
@@ -109,6 +134,7 @@ _VCPU = np.dtype(
         ("gaps", "i8"),  # events that gaps in seq have told to be lost
         ("word", "u8"),
         ("last_ns", "i8"),
+        ("kind", "u1"),  # of its last event
         ("cut", "?"),  # a part of the recording is missing since its last event
     ]
 )
@@ -136,6 +162,36 @@ _OPEN = np.dtype(
         ("unseen", "?"),  # its raise was not seen
         ("cut", "?"),
         ("missed", "?"),  # hooks were missed while it was pending
+        ("place", "i1"),  # in _PLACES
+        ("tid", "u4"),
+        ("cpu", "i4"),
+        ("kicked_ns", "i8"),
+        ("left_ns", "i8"),
+    ]
+)
+# What events of other threads tell, and where they stand in their batch.
+_OTHER = np.dtype(
+    [
+        ("time_ns", "i8"),
+        ("requests", "u8"),
+        ("arg", "u8"),
+        ("vcpu", "u4"),
+        ("detail", "u4"),
+        ("tid", "u4"),
+        ("cpu", "i4"),
+        ("position", "i8"),
+    ]
+)
+# What another thread did to a vCPU since its last own event: kvm_vcpu_kick, or a request made of all vCPUs of its VM.
+_KICK = np.dtype(
+    [
+        ("number", "u4"),
+        ("time_ns", "i8"),
+        ("word", "u8"),  # the requests that it shows, or makes
+        ("tid", "u4"),
+        ("cpu", "i4"),
+        ("seen", "?"),  # the word was read then: what is in it had been raised
+        ("position", "i8"),  # in its batch; -1: it is older
     ]
 )
 
@@ -191,6 +247,137 @@ def gap_story(lost: int, begin_ns: int, end_ns: int) -> str:
     return f"{events} of this vCPU {were} lost between {_seconds(begin_ns)} and {_seconds(end_ns)}"
 
 
+class _Known(NamedTuple):
+    """What was known before each row: the previous event of its vCPU, and what is missing since then."""
+
+    word: Array
+    time_ns: Array
+    kind: Array
+    gap: Array
+    missing: Array
+    cut: Array
+
+
+class _Begun(NamedTuple):
+    """The rows of a request, for what other threads did: places among them, or of the request's instances."""
+
+    rows: Array  # which rows of the batch they are
+    pending: Array  # it was pending before the row
+    pending_in: Array  # in which instance
+    starts: Array  # where it was raised since the previous event, with nothing missing between
+    started_in: Array  # the instance that is pending after each row
+
+
+class _Kicked(NamedTuple):
+    """Kicks, each with the own row of its vCPU that follows it, and requests made of all vCPUs of a VM."""
+
+    row: Array  # ascending
+    kicks: Array
+    of_all: Array
+
+    def tell(self, bit: int, one: Array, rows: _Rows, begun: _Begun, who: Callable[[], Array]) -> None:
+        """Tell the instances of a request who kicked the vCPU for it; ``who`` each of their rows was, before it."""
+        mask = np.uint64(1 << bit)
+        mine = (self.kicks["word"] & mask) != 0
+        of_bit = self.of_all[(self.of_all["arg"] & np.uint64(REQUEST_MASK)) == bit]
+        if not mine.any() and not len(of_bit):
+            return
+        place, here = find(begun.rows, self.row[mine])
+        at, kicks = place[here], self.kicks[mine][here]
+        if len(of_bit):
+            older = begun.rows[at[(kicks["position"] < 0) & ~kicks["seen"]]]
+            more_at, more = self._of_all(of_bit, mask, rows, begun.rows, who(), older)
+            at, kicks = np.concatenate((at, more_at)), np.concatenate((kicks, more))
+        pending = begun.pending[at]
+        _apply_kicks(one, begun.pending_in[at[pending]], kicks[pending])
+        raised = np.zeros(len(begun.rows), bool)
+        raised[begun.starts] = True
+        raised &= ~begun.pending & (rows.kind[begun.rows] != Kind.VCPU_NEW)
+        now = raised[at]
+        _apply_kicks(one, begun.started_in[at[now]], kicks[now], rows.who_ran(begun.rows[at[now]])[0])
+
+    @staticmethod
+    def _of_all(
+        of_bit: Array, mask: np.uint64, rows: _Rows, at: Array, who: Array, older: Array
+    ) -> tuple[Array, Array]:
+        # The first one between each row and the previous one of its vCPU; `older`: rows that have one already.
+        order = np.lexsort((of_bit["position"], of_bit["detail"]))
+        of_bit = of_bit[order]
+        vms, group = np.unique(of_bit["detail"], return_inverse=True)
+        slot, known = find(vms, who["vm"])
+        at_known = np.flatnonzero(known & ~np.isin(at, older))
+        begin = np.full(len(at_known), -1)
+        row = at[at_known]
+        inner = (row > 0) & (rows.vcpu[row - 1] == rows.vcpu[row])
+        begin[inner] = rows.position[row[inner] - 1]
+        scale = int(max(of_bit["position"].max(), rows.position.max())) + 3
+        keys = group * scale + of_bit["position"] + 1
+        place = np.searchsorted(keys, slot[at_known] * scale + begin + 1, side="right")
+        there = place < len(of_bit)
+        there[there] = keys[place[there]] <= slot[at_known[there]] * scale + rows.position[row[there]]
+        found = of_bit[place[there]]
+        made = _kicks_of(found, mask)
+        made["number"], made["word"], made["seen"] = rows.vcpu[row[there]], mask, False
+        asked = _asked(found, who["vcpu"][at_known[there]])
+        return at_known[there][asked], made[asked]
+
+
+def _who_before(who: Array, whose: Array, initial: Array, first: Array, at: Array, group: Array) -> Array:
+    """Return who each of these rows was until it: what a VCPU_NEW says does not hold before it."""
+    before: Array = who[whose[np.maximum(at - 1, 0)]]
+    begins = at == first[group]
+    before[begins] = initial[group[begins]]
+    return before
+
+
+def _kicks_of(others: Array, mask: np.uint64) -> Array:
+    """Return kicks, as far as they show requests that are watched."""
+    made = np.zeros(len(others), _KICK)
+    made["number"], made["time_ns"], made["word"] = others["vcpu"], others["time_ns"], others["requests"] & mask
+    made["tid"], made["cpu"], made["position"] = others["tid"], others["cpu"], others["position"]
+    made["seen"] = True
+    kept: Array = made[(made["word"] != 0) | (others["vcpu"] == 0)]
+    return kept
+
+
+def _asked(of_all: Array, vcpu_id: Array) -> Array:
+    """Return whether requests made of several vCPUs concern these.
+
+    The mask is by index, which is the id of a vCPU where the VMM counts up, as all do.
+    """
+    high = vcpu_id >= 64
+    asked: Array = high | ((of_all["requests"] >> np.minimum(vcpu_id, 63).astype("u8")) & np.uint64(1)).astype(bool)
+    return asked
+
+
+def _apply_kicks(one: Array, instance: Array, kicks: Array, own_tid: Array | None = None) -> None:
+    """Tell instances the first kick since they were raised.
+
+    ``own_tid``: the threads of the vCPUs, where the kicks came before the vCPU itself saw the request.
+    """
+    since = kicks["time_ns"] > one["raised_after_ns"][instance]
+    instance, kicks = instance[since], kicks[since]
+    if not len(instance):
+        return
+    order = np.lexsort((kicks["time_ns"], instance))
+    order = order[heads(instance[order])]
+    first, kick = instance[order], kicks[order]
+    sooner = (one["kicked_ns"][first] < 0) | (kick["time_ns"] < one["kicked_ns"][first])
+    one["kicked_ns"][first[sooner]] = kick["time_ns"][sooner]
+    seen = kicks["seen"]
+    raised_ns = one["raised_ns"].copy()
+    np.minimum.at(raised_ns, instance[seen], kicks["time_ns"][seen])
+    one["raised_ns"] = raised_ns
+    if own_tid is not None:
+        # Where the vCPU's own thread could not, or where the kicker was told to make this very request.
+        remote = np.isin(one["place"][first], (_PLACE["guest"], _PLACE["halted"])) | ~kick["seen"]
+        remote &= (one["by"][first] == _RAISER["kvm_run"]) & (kick["tid"] != own_tid[since][order])
+        remote &= one["bit"][first] != TRIPLE_FAULT  # only the vCPU's own ioctls raise that
+        one["by"][first[remote]] = _RAISER["remote"]
+    shown = sooner & (one["by"][first] == _RAISER["remote"])
+    one["tid"][first[shown]], one["cpu"][first[shown]] = kick["tid"][shown], kick["cpu"][shown]
+
+
 # What the rules look at.
 _COLUMNS = (
     "time_ns", "since_ns", "requests", "before", "arg", "vcpu", "seq", "pid", "detail", "kind", "flags",
@@ -201,23 +388,43 @@ class _Rows:
     """The events of a batch that concern vCPUs, by vCPU and in order, beside what was known before each."""
 
     def __init__(self, events: Any, vcpus: Array) -> None:
-        numbers = np.asarray(events["vcpu"])
-        if isinstance(events, np.ndarray) and numbers.all() and (numbers[1:] < numbers[:-1]).any():
-            events = events.take(by_key(numbers))  # whole records: faster than column by column, below
-        column = {name: np.ascontiguousarray(events[name]) for name in _COLUMNS}
-        whole = (column["vcpu"] == 0) | (column["seq"] == 0)  # and what other threads saw of a vCPU
-        exits = np.flatnonzero(whole & (column["kind"] == Kind.VMM_EXIT)) if whole.any() else np.empty(0, np.int64)
-        own = np.flatnonzero(~whole) if whole.any() else np.arange(len(whole))
+        numbers, kind = column(events, "vcpu"), column(events, "kind")
+        whole = (numbers == 0) | (column(events, "seq") == 0)  # and what other threads did to a vCPU
+        apart = np.flatnonzero(whole)
+        own = np.flatnonzero(~whole) if len(apart) else np.arange(len(whole))
+        exits = apart[kind[apart] == Kind.VMM_EXIT]
+        self.kicks = self._others(events, apart[kind[apart] == Kind.KICK])
+        self.of_all = self._others(events, apart[kind[apart] == Kind.REQUEST_ALL])
+        if not len(exits) and (np.diff(numbers[own].astype(np.int64)) < 0).any():
+            own = own[by_key(numbers[own])]
         self.position = own
-        for name in _COLUMNS:
-            setattr(self, name, column[name][own] if whole.any() else column[name])
+        if isinstance(events, np.ndarray):
+            own_events = events.take(own)  # whole records: faster than column by column
+            for name in _COLUMNS:
+                setattr(self, name, np.ascontiguousarray(own_events[name]))
+        else:
+            for name in _COLUMNS:
+                setattr(self, name, column(events, name)[own])
         self.real = np.ones(len(own), bool)
         if len(exits):
-            self._end_of_vmms(column, exits, vcpus)
-        if (len(self.vcpu) and (self.vcpu[1:] < self.vcpu[:-1]).any()) or len(exits):
-            order = np.lexsort((self.position, self.vcpu)) if len(exits) else by_key(self.vcpu)
+            self._end_of_vmms(events, exits, vcpus)
+            order = np.lexsort((self.position, self.vcpu))
             for name in (*_COLUMNS, "real", "position"):
                 setattr(self, name, getattr(self, name)[order])
+        self._events = events
+
+    @staticmethod
+    def _others(events: Any, at: Array) -> Array:
+        # What other threads did, at these places of the batch.
+        made = np.zeros(len(at), _OTHER)
+        for name in _OTHER.names or () if len(at) else ():
+            made[name] = at if name == "position" else column(events, name)[at]
+        return made
+
+    def who_ran(self, at: Array) -> tuple[Array, Array]:
+        """Return the thread and the CPU that ran the hook, for some rows."""
+        place = self.position[at]
+        return column(self._events, "tid")[place], column(self._events, "cpu")[place]
 
     time_ns: Array
     since_ns: Array
@@ -231,7 +438,7 @@ class _Rows:
     kind: Array
     flags: Array
 
-    def _end_of_vmms(self, column: Mapping[str, Array], exits: Array, vcpus: Array) -> None:
+    def _end_of_vmms(self, events: Any, exits: Array, vcpus: Array) -> None:
         # The first exit of its process after a vCPU was first seen ends it.
         numbers, first = np.unique(self.vcpu, return_index=True)
         known = ~np.isin(vcpus["number"], numbers)
@@ -240,14 +447,15 @@ class _Rows:
         begin = np.concatenate((self.position[first], np.full(int(known.sum()), -1)))
         carried = np.isin(number, vcpus["number"])
         begin[carried] = -1
-        scale = len(column["vcpu"]) + 2
-        keys = column["pid"][exits].astype(np.int64) * scale + exits + 1
+        pids = column(events, "pid")[exits]
+        scale = len(column(events, "vcpu")) + 2
+        keys = pids.astype(np.int64) * scale + exits + 1
         order = np.argsort(keys)
         place = np.searchsorted(keys[order], pid * scale + begin + 1, side="right")
         inside = np.minimum(place, len(exits) - 1)
-        ends = (place < len(exits)) & (column["pid"][exits[order[inside]]] == pid)
+        ends = (place < len(exits)) & (pids[order[inside]] == pid)
         at = exits[order[inside[ends]]]
-        made = {name: column[name][at] for name in _COLUMNS}
+        made = {name: column(events, name)[at] for name in _COLUMNS}
         made["vcpu"] = number[ends].astype("u4")
         made["kind"] = np.full(len(at), Kind.VCPU_END, "u1")
         for name in _COLUMNS:
@@ -262,18 +470,24 @@ class _Rows:
 
 
 class Lifecycles:
-    """The incremental core. ``names`` maps each watched bit of the word to its request's name."""
+    """The incremental core. ``names`` maps each watched bit of the word to its request's name.
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    ``full``: the events are of detail full, where each reading of the word is one.
+    """
+
+    def __init__(self, names: Mapping[int, str], *, full: bool = False) -> None:
         self._names = dict(names)
+        self._mask = np.uint64(sum(1 << bit for bit in names))
+        self._full = full
         self._vcpus = np.empty(0, _VCPU)
         self._open = np.empty(0, _OPEN)
+        self._kicks = np.empty(0, _KICK)
         self._interrupted = False
 
     @property
     def carried(self) -> int:
-        """Return how many vCPUs and pending requests are carried over."""
-        return len(self._vcpus) + len(self._open)
+        """Return how many vCPUs, pending requests and kicks of them are carried over."""
+        return len(self._vcpus) + len(self._open) + len(self._kicks)
 
     def feed(self, events: Any, *, blind: bool = False, loss: Loss | None = None) -> Finished:
         """Take a batch: a numpy array of EVENT, or anything with its columns. Return what it ends.
@@ -290,7 +504,7 @@ class Lifecycles:
         # After the end of a vCPU nothing is its own any more; an end without a vCPU is a second one.
         n = len(rows.vcpu)
         if n == 0:
-            return Finished(empty_lifecycles(), empty_shutdowns())
+            return self._without_rows(rows)
         first, group = self._groups(rows.vcpu)
         ended = rows.kind == Kind.VCPU_END
         ends_before = np.cumsum(ended) - ended
@@ -304,10 +518,14 @@ class Lifecycles:
             rows.keep(~drop)
             n = len(rows.vcpu)
             if n == 0:
-                return Finished(empty_lifecycles(), empty_shutdowns())
+                return self._without_rows(rows)
             first, group = self._groups(rows.vcpu)
             carried = self._lookup(rows.vcpu[first])
         return self._feed(rows, first, group, carried, blind, loss or Loss())
+
+    def _without_rows(self, rows: _Rows) -> Finished:
+        self._carry_kicks(_kicks_of(rows.kicks, self._mask), rows.of_all, np.full(len(self._vcpus), -1))
+        return Finished(empty_lifecycles(), empty_shutdowns())
 
     def _feed(self, rows: _Rows, first: Array, group: Array, carried: Array, blind: bool, loss: Loss) -> Finished:
         n = len(rows.vcpu)
@@ -317,13 +535,16 @@ class Lifecycles:
             state[known] = self._vcpus[carried[known]]
         state["number"] = rows.vcpu[first]
         state["pid"][~known] = rows.pid[first][~known]
+        initial = state.copy()
         who, whose = self._identify(rows, first, group, state)
 
         previous = np.arange(n) - 1
         last_seq = rows.seq[previous].astype(np.int64)
         last_word = rows.requests[previous]
         last_ns = rows.time_ns[previous].astype(np.int64)
+        last_kind = rows.kind[previous]
         last_seq[first], last_word[first], last_ns[first] = state["seq"], state["word"], state["last_ns"]
+        last_kind[first] = state["kind"]
         made = np.flatnonzero(~rows.real)  # ends of vCPUs that their process's exit tells: nothing was read there
         if len(made):
             rows.before[made] = rows.requests[made] = last_word[made]
@@ -347,23 +568,31 @@ class Lifecycles:
             rows.before, rows.since_ns = rows.before.copy(), rows.since_ns.copy()
             rows.before[again], rows.since_ns[again] = rows.requests[again], rows.time_ns[again]
 
+        known_rows = _Known(last_word, last_ns, last_kind, gap, missing, cut)
+        kicked, tail = self._next_rows(_kicks_of(rows.kicks, self._mask), rows, first, group)
+        used = int(np.bitwise_or.reduce(last_word | rows.before | rows.requests))
         tables = [
-            self._request(bit, name, rows, first, group, who, whose, last_word, last_ns, gap, missing, cut, blind)
+            self._request(bit, name, rows, first, group, initial, who, whose, known_rows, kicked, blind)
             for bit, name in self._names.items()
+            if used >> bit & 1
         ]
         shutdowns = self._shutdowns(rows, who, whose)
 
         last = np.append(first[1:], n) - 1
         state["seq"], state["word"] = rows.seq[last], rows.requests[last]
-        state["last_ns"] = rows.time_ns[last]
+        state["last_ns"], state["kind"] = rows.time_ns[last], rows.kind[last]
         state["cut"] = False
         alive = rows.kind[last] != Kind.VCPU_END
         others = np.ones(len(self._vcpus), bool)
         others[carried[known]] = False
         merged = np.concatenate((self._vcpus[others], state[alive]))
-        self._vcpus = merged[np.argsort(merged["number"])]
+        order = np.argsort(merged["number"])
+        self._vcpus = merged[order]
         kept = self._open[~np.isin(self._open["number"], state["number"])]
         self._open = np.concatenate((kept, *(pending for _, pending in tables)))
+        final = np.concatenate((np.full(int(others.sum()), -1), rows.position[last[alive]]))[order]
+        self._kicks = self._kicks[~np.isin(self._kicks["number"], state["number"])]
+        self._carry_kicks(tail, rows.of_all, final)
         finished = [table for table, _ in tables if len(table)]
         lifecycles = (
             pd.concat(finished, ignore_index=True)
@@ -371,6 +600,61 @@ class Lifecycles:
             else (finished[0] if finished else empty_lifecycles())
         )
         return Finished(lifecycles, shutdowns)
+
+    def _next_rows(self, kicks: Array, rows: _Rows, first: Array, group: Array) -> tuple[_Kicked, Array]:
+        """Return the kicks that an own row of their vCPU follows, those carried in too, and the other new ones."""
+        new = np.concatenate((self._kicks[np.isin(self._kicks["number"], rows.vcpu[first])], kicks))
+        place, known = find(rows.vcpu[first], new["number"])
+        scale = (int(rows.position.max()) if len(rows.position) else 0) + 3
+        keys = group * scale + rows.position + 1
+        row = np.searchsorted(keys, place * scale + np.minimum(new["position"], scale - 2) + 1, side="right")
+        last = np.append(first[1:], len(group)) - 1
+        resolved = known.copy()
+        resolved[known] = row[known] <= last[place[known]]
+        order = np.argsort(row[resolved], kind="stable")
+        of_all = rows.of_all[np.isin(rows.of_all["arg"] & np.uint64(REQUEST_MASK), list(self._names))]
+        return _Kicked(row[resolved][order], new[resolved][order], of_all), new[~resolved]
+
+    def _carry_kicks(self, tail: Array, of_all: Array, final: Array) -> None:
+        """Keep what was done to each vCPU since its last own event, at place ``final`` of the batch, or -1: before it.
+
+        What is pending gets it at once. Else only the first of each request counts.
+        """
+        new = [tail]
+        if len(of_all) and len(self._vcpus):
+            bits = of_all["arg"] & np.uint64(REQUEST_MASK)
+            for vm, bit in {(vm, bit) for vm, bit in zip(of_all["detail"].tolist(), bits.tolist(), strict=True)}:
+                if bit not in self._names:
+                    continue
+                of_vm = of_all[(of_all["detail"] == vm) & (bits == bit)]
+                members = np.flatnonzero(self._vcpus["vm"] == vm)
+                place = np.searchsorted(of_vm["position"], final[members], side="right")
+                there = place < len(of_vm)
+                made = _kicks_of(of_vm[place[there]], self._mask)
+                made["number"] = self._vcpus["number"][members[there]]
+                made["word"], made["seen"] = np.uint64(1 << bit), False
+                new.append(made[_asked(of_vm[place[there]], self._vcpus["vcpu"][members[there]])])
+        arrived = np.concatenate(new)
+        place, alive = find(self._vcpus["number"], arrived["number"])
+        arrived = arrived[alive]
+        last_ns = self._vcpus["last_ns"][place[alive]]
+        kept = [self._kicks]
+        for bit in self._names:
+            mine = (arrived["word"] & np.uint64(1 << bit)) != 0
+            if not mine.any():
+                continue
+            chosen = arrived[mine]
+            is_open = np.flatnonzero(self._open["bit"] == bit)
+            is_open = is_open[np.argsort(self._open["number"][is_open])]
+            slot, pending = find(self._open["number"][is_open], chosen["number"])
+            _apply_kicks(self._open, is_open[slot[pending]], chosen[pending])
+            later = chosen[~pending & (chosen["time_ns"] > last_ns[mine])]
+            later["word"], later["position"] = np.uint64(1 << bit), -1
+            kept.append(later)
+        merged = np.concatenate(kept)
+        order = np.lexsort((merged["time_ns"], merged["seen"], merged["word"], merged["number"]))
+        merged = merged[order]
+        self._kicks = merged[heads(merged["number"], merged["word"], merged["seen"])]
 
     @staticmethod
     def _identify(rows: _Rows, first: Array, group: Array, state: Array) -> tuple[Array, Array]:
@@ -413,17 +697,15 @@ class Lifecycles:
         rows: _Rows,
         first: Array,
         group: Array,
+        initial: Array,
         who: Array,
         whose: Array,
-        last_word: Array,
-        last_ns: Array,
-        gap: Array,
-        missing: Array,
-        cut: Array,
+        known: _Known,
+        kicked: _Kicked,
         blind: bool,
     ) -> tuple[pd.DataFrame, Array]:
         mask = np.uint64(1 << bit)
-        was_known = (last_word & mask) != 0
+        was_known = (known.word & mask) != 0
         before = (rows.before & mask) != 0
         now = (rows.requests & mask) != 0
         touched = np.flatnonzero(was_known | before | now)
@@ -432,8 +714,8 @@ class Lifecycles:
         # In detail boundary nearly every row has the request: no copies then.
         pick: Any = touched if len(touched) < len(now) else slice(None)
         was_known, before, now = was_known[pick], before[pick], now[pick]
-        group, gap, missing, cut = group[pick], gap[pick], missing[pick], cut[pick]
-        last_ns = last_ns[pick]
+        group, gap, missing, cut = group[pick], known.gap[pick], known.missing[pick], known.cut[pick]
+        last_ns, last_kind = known.time_ns[pick], known.kind[pick]
         kind, flags, detail = rows.kind[pick], rows.flags[pick], rows.detail[pick]
         arg = rows.arg[pick]
         time_ns, since_ns = rows.time_ns[pick].view(np.int64), rows.since_ns[pick].view(np.int64)
@@ -454,6 +736,7 @@ class Lifecycles:
 
         one = np.zeros(instances, _OPEN)
         one["bit"] = bit
+        one["cpu"] = one["kicked_ns"] = one["left_ns"] = -1
         one["number"][now_in] = who["number"][group]
         place = numbered[carried_in] - start[carried_in] - 1
         one[place] = self._carried_requests(who["number"][group[carried_in]], bit)
@@ -462,10 +745,22 @@ class Lifecycles:
         at = now_in[begun]
         seen = ~unseen_start[begun]
         fresh = (kind[begun] == Kind.VCPU_NEW) & ((flags[begun] & Flag.CREATED) == 0)
-        one["by"][at] = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), _RAISER["unknown"])
+        by: Array = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), _RAISER["unknown"])
+        one["by"][at] = by
         one["raised_after_ns"][at] = np.where(seen, np.where(fresh, 0, since_ns[begun]), last_ns[begun])
         one["raised_ns"][at] = np.where(seen, time_ns[begun], since_ns[begun])
         one["unseen"][at] = ~seen
+        whole = seen & ~gap[begun] & ~cut[begun] & (since_ns[begun] == last_ns[begun])  # nothing between was missed
+        place = _places(kind[begun], low[begun], flags[begun], detail[begun], last_kind[begun], whole & self._full)
+        one["place"][at] = np.where(seen & ~fresh, place, _PLACE["unknown"])
+        one["left_ns"][at] = np.where(one["place"][at] == _PLACE["guest"], time_ns[begun], -1)
+        # Inside KVM_RUN other threads can raise all but a triple fault.
+        own = (by != _RAISER["unknown"]) & (by != _RAISER["remote"])
+        if bit != TRIPLE_FAULT:
+            own &= by != _RAISER["kvm_run"]
+        one["tid"][at[own]], one["cpu"][at[own]] = rows.who_ran(touched[begun[own]])
+        told = _Begun(touched, was_known, then_in, begun[whole], now_in)
+        kicked.tell(bit, one, rows, told, partial(_who_before, who, whose, initial, first, touched, group))
 
         def add(column: str, where: Array, weights: Array | None = None) -> None:
             one[column] += np.bincount(now_in[where], weights, instances).astype(one[column].dtype)
@@ -519,7 +814,12 @@ class Lifecycles:
         ends[proof], whys[proof] = "undecided", _WHY_BLIND
         order = np.argsort(index)
         index, ends, whys, row = index[order], ends[order], whys[order], row[order]
-        table = _lifecycles(one[index], name, who[whose[touched[row]]], ends, whys, after[order], ended[order])
+        entered = np.concatenate(
+            (np.zeros(len(vanished), bool), kind[gone] == Kind.GUEST_ENTRY, np.zeros(len(over), bool))
+        )
+        table = _lifecycles(
+            one[index], name, who[whose[touched[row]]], ends, whys, after[order], ended[order], entered[order]
+        )
         still = np.ones(instances, bool)
         still[index] = False
         return table, one[still]
@@ -581,7 +881,8 @@ class Lifecycles:
         """Return what is still pending at the end of the recording, and forget everything."""
         pending = self._open[np.argsort(self._open["number"], kind="stable")]
         state = self._vcpus[self._lookup(pending["number"])]
-        self._vcpus, self._open, self._interrupted = self._vcpus[:0], self._open[:0], False
+        self._vcpus, self._open, self._kicks = self._vcpus[:0], self._open[:0], self._kicks[:0]
+        self._interrupted = False
         if not len(pending):
             return Finished(empty_lifecycles(), empty_shutdowns())
         whys = np.full(len(pending), "", object)
@@ -604,6 +905,7 @@ class Lifecycles:
                     whys[mask],
                     state["last_ns"][mask],
                     np.full(int(mask.sum()), -1),
+                    np.zeros(int(mask.sum()), bool),
                 )
                 for bit, name in self._names.items()
                 if (mask := pending["bit"] == bit).any()
@@ -624,6 +926,7 @@ def _raised_by(kind: Array, low: Array) -> Array:
     by = np.full(len(kind), _RAISER["remote"], "i1")
     by[(kind == Kind.RUN_EXIT) | (kind == Kind.GUEST_ENTRY) | (kind == Kind.GUEST_EXIT)] = _RAISER["kvm_run"]
     by[kind == Kind.RESTORE] = _RAISER["set_vcpu_events"]
+    by[kind == Kind.VCPU_NEW] = _RAISER["ioctl"]  # KVM_CREATE_VCPU: of one that is not created nobody knows
     for what, default, names in ((Kind.IOCTL_EXIT, "ioctl", _IOCTLS), (Kind.SITE, "kvm_run", _SITES)):
         at = np.flatnonzero(kind == what)
         by[at] = _RAISER[default]
@@ -632,15 +935,37 @@ def _raised_by(kind: Array, low: Array) -> Array:
     return by
 
 
+def _places(kind: Array, low: Array, flags: Array, detail: Array, last_kind: Array, full: Array) -> Array:
+    """Return where each vCPU was until these rows, given the kind of its last event where ``full`` is true."""
+    sync = (flags & Flag.SYNC) != 0
+    inside = np.isin(kind, (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT)) | sync
+    ioctl = np.isin(kind, (Kind.IOCTL_EXIT, Kind.SAVE, Kind.RESTORE, Kind.VCPU_NEW)) & ~sync
+    ioctl |= (kind == Kind.SITE) & full & (last_kind == Kind.IOCTL_ENTER)
+    begins = np.isin(kind, (Kind.RUN_ENTER, Kind.IOCTL_ENTER)) | ((kind == Kind.RESET) & (low != 0))
+    slept = (kind == Kind.WAKEUP) & (detail != 0)
+    entered = last_kind == Kind.GUEST_ENTRY
+    choices = (
+        (begins, "user_space"),
+        (ioctl, "ioctl"),
+        (slept, "halted"),
+        (inside & full & entered & (kind == Kind.GUEST_EXIT), "guest"),
+        ((inside & full & ~entered) | (kind == Kind.WAKEUP), "kernel"),
+        (inside, "kvm_run"),
+    )
+    found: Array = np.select([where for where, _ in choices], [_PLACE[name] for _, name in choices], _PLACE["unknown"])
+    return found
+
+
 def _ends(bit: int, kind: Array, low: Array, succeeded: Array, nested: Array, gone: Array) -> tuple[Array, Array]:
     """Return how the requests that are gone at these rows ended, and why nobody can tell if so."""
     kind, low, succeeded, nested = kind[gone], low[gone], succeeded[gone], nested[gone]
     why = np.full(len(gone), "", object)
-    inside = np.isin(kind, (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT))
+    inside = np.isin(kind, (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT, Kind.WAKEUP))
     restore = kind == Kind.RESTORE
     ioctl = np.isin(kind, (Kind.IOCTL_EXIT, Kind.SAVE)) | restore
     if bit != TRIPLE_FAULT:
-        return np.where(ioctl, "cleared", "serviced").astype(object), why
+        # A save takes what it can into the state that it gives.
+        return np.where(ioctl & (kind != Kind.SAVE), "cleared", "serviced").astype(object), why
     end = np.full(len(gone), "undecided", object)
     end[ioctl] = "cleared"
     why[ioctl & ~restore] = "cleared by another ioctl than KVM_SET_VCPU_EVENTS"
@@ -655,9 +980,12 @@ def _ends(bit: int, kind: Array, low: Array, succeeded: Array, nested: Array, go
 
 
 def _lifecycles(
-    one: Array, name: str, who: Array, ends: Array, whys: Array, after_ns: Array, ended_ns: Array
+    one: Array, name: str, who: Array, ends: Array, whys: Array, after_ns: Array, ended_ns: Array, entered: Array
 ) -> pd.DataFrame:
-    """Return the table of these instances; a gap makes each verdict undecided."""
+    """Return the table of these instances; a gap makes each verdict undecided.
+
+    ``entered``: their end was seen where the guest was entered.
+    """
     ends, whys = ends.copy(), whys.copy()
     for index in np.flatnonzero(one["gap"] | one["cut"] | one["unseen"]):
         story = []
@@ -698,6 +1026,13 @@ def _lifecycles(
             "stale": stale,
             "exposed": (ends == "open") & (one["last_save"] == _BLIND),
             "why": whys,
+            "raised_in": _PLACES[one["place"]],
+            "requester_tid": one["tid"],
+            "requester_cpu": one["cpu"],
+            # Clocks of two CPUs: a kick that came before the end did not come after it.
+            "kicked_ns": np.where(ended_ns < 0, one["kicked_ns"], np.minimum(one["kicked_ns"], ended_ns)),
+            "left_guest_ns": one["left_ns"],
+            "reentered_ns": np.where(entered, ended_ns, -1),
         },
         len(one),
     )

@@ -473,7 +473,7 @@ class _Periods:
 
     def feed(self, events: Array) -> _Edges:
         left = events[events["kind"] == Kind.VMM_EXIT]
-        events = events[events["vcpu"] != 0]
+        events = events[events["seq"] != 0]  # those of other threads tell nothing of it
         edges = self._feed(events) if len(events) else _Edges.ends(self._state[:0])
         if len(left):
             # The end of a process is the end of its vCPUs; one of the same number that came later is another one.

@@ -10,9 +10,10 @@ from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT
 from tests.property.oracle import Event
 from tracer.loss import Loss, VcpuLoss
 
-NAMES = {10: "triple_fault", 17: "nmi"}
-TRIPLE_FAULT, NMI, OTHER = 1 << 10, 1 << 17, 1 << 3
-WATCHED = TRIPLE_FAULT | NMI
+# Of each sort: what a save carries by a flag, or always, or never, and what needs no saving.
+NAMES = {10: "triple_fault", 17: "nmi", 26: "hv_crash", 0: "tlb_flush"}
+TRIPLE_FAULT, NMI, HV_CRASH, TLB_FLUSH, OTHER = 1 << 10, 1 << 17, 1 << 26, 1 << 0, 1 << 3
+WATCHED = TRIPLE_FAULT | NMI | HV_CRASH | TLB_FLUSH
 SET_MCE, GET_EVENTS, SET_EVENTS, SET_REGS, NMI_IOCTL = 0x4040AE9E, 0x8040AE9F, 0x4040AEA0, 0x4090AE82, 0xAE9A
 KVM_RUN = 0xAE80
 EIO = (2**32 - 5) << 32
@@ -44,10 +45,14 @@ class Guest:
 
 @dataclass
 class Machine:
-    """The host. ``full`` says which events the ring has no room for; with ``chatty`` every reading is an event."""
+    """The host. ``full`` says which events the ring has no room for.
+
+    With ``chatty`` every reading is an event; with ``deep`` there are those of guest mode and of other threads, too.
+    """
 
     full: Collection[int] = ()
     chatty: bool = False
+    deep: bool = False
     now: int = 1000
     numbers: int = 0
     produced: int = 0
@@ -96,6 +101,7 @@ class Machine:
         guest = Guest(self.numbers, vm, 100 + vm % 2, created, cap=bool(choice & 4))
         if not created:
             guest.word = (TRIPLE_FAULT if choice & 8 else 0) | (NMI if choice & 16 else 0) | OTHER
+            guest.word |= HV_CRASH if choice & 64 else 0
         self.guests.append(guest)
         guest.read, guest.read_ns = guest.word, self.now
         self.announce(guest, self.now, guest.word, guest.flags)
@@ -111,8 +117,8 @@ class Machine:
         else:
             (
                 self.run, self.run, self.run, self.ioctl, self.ioctl, self.restore, self.save, self.save, self.reset,
-                self.end, self.exit, self.quiet,
-            )[(what - 2) % 12](alive[who % len(alive)], choice)  # fmt: skip
+                self.end, self.exit, self.quiet, self.kick, self.kick, self.request_all,
+            )[(what - 2) % 15](alive[who % len(alive)], choice)  # fmt: skip
 
     def run(self, guest: Guest, choice: int) -> None:
         self.boundary(guest, Kind.RUN_ENTER, KVM_RUN, always=False)
@@ -120,7 +126,9 @@ class Machine:
             guest.word |= TRIPLE_FAULT
             if choice & 2:
                 self.boundary(guest, Kind.SITE, RAISERS[choice % len(RAISERS)], always=False)
-        guest.word ^= (NMI | OTHER) & (choice << 13 | choice)
+        guest.word ^= (NMI | HV_CRASH | TLB_FLUSH | OTHER) & (choice << 13 | choice << 20 | choice)
+        if self.deep:
+            self.guest_mode(guest, choice)
         reason = 5
         if guest.word & TRIPLE_FAULT and choice & 4:
             guest.word &= ~TRIPLE_FAULT
@@ -138,6 +146,46 @@ class Machine:
         )
         if choice & 96 == 96 and guest.word & WATCHED:
             self.boundary(guest, Kind.SAVE, GET_EVENTS, self.payload(guest), flags=Flag.SYNC)
+
+    def guest_mode(self, guest: Guest, choice: int) -> None:
+        if choice & 16:
+            self.boundary(guest, Kind.WAKEUP, 5, choice >> 5 & 1)
+            guest.word ^= (NMI | HV_CRASH | TLB_FLUSH) & (choice << 15 | choice << 22 | choice >> 2)
+        self.boundary(guest, Kind.GUEST_ENTRY)
+        if choice & 32:
+            self.kick(guest, choice)
+        if choice & 64:
+            self.request_all(guest, choice)
+        if choice & 3 != 3:
+            self.boundary(guest, Kind.GUEST_EXIT, 0x60, 2)
+
+    def kick(self, guest: Guest, choice: int) -> None:
+        """Another thread raises something, or not, and kicks the vCPU."""
+        guest.word |= (NMI | HV_CRASH) & (choice << 14 | choice << 21)
+        self.now += 1
+        if self.deep:
+            self.apart(Event(
+                self.now, 0, guest.word, guest.word, 0, guest.number, 0, guest.pid, 70 + choice % 3, 1, choice % 2,
+                Kind.KICK, guest.flags,
+            ))  # fmt: skip
+
+    def request_all(self, guest: Guest, choice: int) -> None:
+        """Another thread flushes the TLBs of the VM: of all its vCPUs, or of some."""
+        self.now += 1
+        mask = 2**64 - 1 if choice & 1 else choice >> 1
+        if self.deep:
+            self.apart(Event(
+                self.now, 0, mask, 0, 0x300, 0, 0, guest.pid, 80 + choice % 3, guest.vm, choice % 2, Kind.REQUEST_ALL
+            ))  # fmt: skip
+        for other in self.guests:
+            if other.vm == guest.vm and not other.exited and mask >> (other.number % 3) & 1:
+                other.word |= TLB_FLUSH
+
+    def apart(self, event: Event) -> None:
+        """Put an event that no vCPU numbers; for what is lost of those no verdict changes."""
+        self.produced += 1
+        if self.produced not in self.full:
+            self.events.append(event)
 
     def payload(self, guest: Guest) -> int:
         if not guest.cap:
@@ -194,7 +242,7 @@ class Machine:
             self.now += 1
             self.put(Event(self.now, arg=int(guest.cap), pid=guest.pid, tid=1, detail=guest.vm, kind=Kind.VM_CAP))
         else:
-            guest.word ^= (TRIPLE_FAULT | NMI) & (choice << 8 | choice << 15)
+            guest.word ^= WATCHED & (choice << 8 | choice << 15 | choice << 20 | choice >> 4)
 
     def end_all(self) -> None:
         """Let every process exit."""
@@ -215,9 +263,9 @@ def loss_of(lost: Counter[int]) -> Loss:
 
 
 def played(steps: Sequence[tuple[int, int, int]], full: Collection[int] = (), *, chatty: bool = False,
-           end_all: bool = False) -> Machine:  # fmt: skip
+           deep: bool = False, end_all: bool = False) -> Machine:  # fmt: skip
     """Return the machine on which these things have happened."""
-    machine = Machine(full, chatty)
+    machine = Machine(full, chatty or deep, deep)
     for what, who, choice in steps:
         machine.step(what, who, choice)
     if end_all:

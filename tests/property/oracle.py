@@ -85,6 +85,22 @@ class Pending:
     reset: bool = False
     set_since_reset: bool = False
     restored_without: bool = False
+    raised_in: str = "unknown"
+    tid: int = 0
+    cpu: int = -1
+    kicked_ns: int = -1
+    left_guest_ns: int = -1
+
+
+@dataclass(frozen=True)
+class Kick:
+    """What another thread did to a vCPU, and the request that it shows or makes."""
+
+    bit: int
+    time_ns: int
+    tid: int
+    cpu: int
+    seen: bool
 
 
 @dataclass
@@ -100,7 +116,10 @@ class Vcpu:
     word: int = 0
     last_ns: int = 0
     cut: bool = False
+    kind: int = 0
     pending: dict[int, Pending] = field(default_factory=dict)
+    kicks: list[Kick] = field(default_factory=list)  # since its last own event
+    asked: set[int] = field(default_factory=set)  # requests made of the whole VM since then
 
 
 @dataclass
@@ -110,6 +129,7 @@ class Oracle:
     names: Mapping[int, str]
     loss: Loss = field(default_factory=Loss)
     blind: bool = False
+    full: bool = False
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
     lifecycles: list[Row] = field(default_factory=list)
     shutdowns: list[Row] = field(default_factory=list)
@@ -120,6 +140,12 @@ class Oracle:
         for event in stream:
             if event is None:
                 self.interrupt()
+            elif event.kind == Kind.KICK:
+                self.kick(event)
+            elif event.kind == Kind.REQUEST_ALL:
+                self.request_all(event)
+            elif event.kind == Kind.IN_GUEST_STILL:
+                pass
             elif event.vcpu:
                 self.take(event)
             elif event.kind == Kind.VMM_EXIT:
@@ -133,6 +159,27 @@ class Oracle:
             vcpu.cut = True
             for request in vcpu.pending.values():
                 request.proved = False
+
+    def kick(self, event: Event) -> None:
+        if event.vcpu in self.vcpus:
+            for bit in self.names:
+                if event.requests >> bit & 1:
+                    self.note(self.vcpus[event.vcpu], Kick(bit, event.time_ns, event.tid, event.cpu, True))
+
+    def request_all(self, event: Event) -> None:
+        bit = event.arg & 0xFF
+        for vcpu in self.vcpus.values():
+            asked = vcpu.vcpu >= 64 or event.requests >> vcpu.vcpu & 1
+            if bit in self.names and vcpu.vm == event.detail and asked and bit not in vcpu.asked:
+                vcpu.asked.add(bit)
+                self.note(vcpu, Kick(bit, event.time_ns, event.tid, event.cpu, False))
+
+    @staticmethod
+    def note(vcpu: Vcpu, kick: Kick) -> None:
+        if kick.bit in vcpu.pending:
+            _kicked(vcpu.pending[kick.bit], [kick])
+        else:
+            vcpu.kicks.append(kick)
 
     def lost(self, number: int) -> int:
         return self.loss.vcpus[number].count if number in self.loss.vcpus else 0
@@ -176,6 +223,7 @@ class Oracle:
         if not (vcpu.cut or (first and self.interrupted)):
             vcpu.gaps += missing
         vcpu.seq, vcpu.word, vcpu.last_ns, vcpu.cut = event.seq, event.requests, event.time_ns, False
+        vcpu.kind, vcpu.kicks, vcpu.asked = event.kind, [], set()
         if event.kind == Kind.VCPU_END:
             del self.vcpus[event.vcpu]
 
@@ -192,13 +240,16 @@ class Oracle:
             vcpu.pending[bit] = Pending(
                 "unknown" if attached else _raiser(event), 0 if attached else event.since_ns, event.time_ns
             )
+            if not attached:
+                contiguous = not hole and event.since_ns == vcpu.last_ns
+                self.raised(vcpu, bit, event, contiguous, known)
         if bit not in vcpu.pending:
             return
         request = vcpu.pending[bit]
         request.nested |= bool(event.flags & Flag.NESTED)
         if not now:
             end, why = _end(bit, event, request.nested)
-            self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why)
+            self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why, entered=event.kind == Kind.GUEST_ENTRY)
             return
         if event.kind == Kind.RUN_EXIT:
             request.exits += 1
@@ -207,6 +258,25 @@ class Oracle:
         if event.kind == Kind.VCPU_END:
             self.end_with_vcpu(vcpu, bit, event.since_ns, event.time_ns)
 
+    def raised(self, vcpu: Vcpu, bit: int, event: Event, contiguous: bool, known: bool) -> None:
+        request = vcpu.pending[bit]
+        request.raised_in = _place(event, vcpu.kind if contiguous and self.full else None)
+        if request.raised_in == "guest":
+            request.left_guest_ns = event.time_ns
+        by = request.raised_by
+        if by != "remote" and (bit == 10 or by != "kvm_run"):
+            request.tid, request.cpu = event.tid, event.cpu
+        if not contiguous or event.kind == Kind.VCPU_NEW or known:
+            return
+        kicks = [kick for kick in vcpu.kicks if kick.bit == bit and kick.time_ns > request.raised_after_ns]
+        if not kicks:
+            return
+        first = min(kicks, key=lambda kick: kick.time_ns)
+        elsewhere = request.raised_in in ("guest", "halted") or not first.seen
+        if by == "kvm_run" and elsewhere and first.tid != event.tid and bit != 10:
+            request.raised_by = "remote"
+        _kicked(request, kicks)
+
     def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int) -> None:
         request = vcpu.pending[bit]
         end = {"": "abandoned", "carried": "handed_over", "blind": "lost"}[request.last_save]
@@ -214,7 +284,9 @@ class Oracle:
         unknown = self.blind or older
         self.end(vcpu, bit, "undecided" if unknown else end, after_ns, time_ns, why=unknown)
 
-    def end(self, vcpu: Vcpu, bit: int, end: str, after_ns: int, time_ns: int, *, why: bool) -> None:
+    def end(
+        self, vcpu: Vcpu, bit: int, end: str, after_ns: int, time_ns: int, *, why: bool, entered: bool = False
+    ) -> None:
         request = vcpu.pending.pop(bit)
         if not request.proved:
             end, why = "undecided", True
@@ -239,6 +311,12 @@ class Oracle:
                 "stale": end == "delivered" and request.reset and not request.set_since_reset and not by_restore,
                 "exposed": end == "open" and request.last_save == "blind",
                 "why": why,
+                "raised_in": request.raised_in,
+                "requester_tid": request.tid,
+                "requester_cpu": request.cpu,
+                "kicked_ns": min(request.kicked_ns, time_ns) if time_ns >= 0 else request.kicked_ns,
+                "left_guest_ns": request.left_guest_ns,
+                "reentered_ns": time_ns if entered else -1,
             }
         )
 
@@ -248,6 +326,37 @@ class Oracle:
             for bit in list(vcpu.pending):
                 self.end(vcpu, bit, "undecided" if unsure else "open", vcpu.last_ns, -1, why=unsure)
         self.vcpus.clear()
+
+
+def _kicked(request: Pending, kicks: list[Kick]) -> None:
+    for kick in sorted(kicks, key=lambda kick: kick.time_ns):
+        if kick.time_ns <= request.raised_after_ns:
+            continue
+        if request.kicked_ns < 0 or kick.time_ns < request.kicked_ns:
+            request.kicked_ns = kick.time_ns
+            if request.raised_by == "remote":
+                request.tid, request.cpu = kick.tid, kick.cpu
+        if kick.seen:
+            request.raised_ns = min(request.raised_ns, kick.time_ns)
+
+
+def _place(event: Event, last_kind: int | None) -> str:
+    sync = bool(event.flags & Flag.SYNC)
+    if event.kind in (Kind.RUN_ENTER, Kind.IOCTL_ENTER) or (event.kind == Kind.RESET and event.low):
+        return "user_space"
+    if event.kind in (Kind.IOCTL_EXIT, Kind.SAVE, Kind.RESTORE, Kind.VCPU_NEW) and not sync:
+        return "ioctl"
+    if event.kind == Kind.SITE and last_kind == Kind.IOCTL_ENTER:
+        return "ioctl"
+    if event.kind == Kind.WAKEUP:
+        return "halted" if event.detail else "kernel"
+    if event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT) or sync:
+        if last_kind is None:
+            return "kvm_run"
+        if last_kind == Kind.GUEST_ENTRY:
+            return "guest" if event.kind == Kind.GUEST_EXIT else "kvm_run"
+        return "kernel"
+    return "unknown"
 
 
 def _payloads(request: Pending, event: Event, before: bool) -> None:
@@ -272,6 +381,8 @@ def _payloads(request: Pending, event: Event, before: bool) -> None:
 def _raiser(event: Event) -> str:
     if event.kind == Kind.RESTORE:
         return "set_vcpu_events"
+    if event.kind == Kind.VCPU_NEW:
+        return "ioctl"
     if event.kind == Kind.IOCTL_EXIT:
         return _IOCTLS.get(event.low, "ioctl")
     if event.kind == Kind.SITE:
@@ -280,6 +391,8 @@ def _raiser(event: Event) -> str:
 
 
 def _end(bit: int, event: Event, nested: bool) -> tuple[str, bool]:
+    if bit != 10 and event.kind == Kind.SAVE:
+        return "serviced", False
     if event.kind in (Kind.IOCTL_EXIT, Kind.SAVE, Kind.RESTORE):
         return "cleared", bit == 10 and event.kind != Kind.RESTORE
     if bit != 10:
@@ -288,5 +401,5 @@ def _end(bit: int, event: Event, nested: bool) -> tuple[str, bool]:
         return "delivered", False
     if event.kind == Kind.SITE and event.low == Site.REFLECT:
         return "reflected", False
-    inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT)
+    inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT, Kind.WAKEUP)
     return ("reflected", False) if inside and nested else ("undecided", True)

@@ -100,7 +100,8 @@ def test_delivered() -> None:
         "vm": 7, "pid": 100, "vcpu": 4, "vcpu_number": 1, "request": "triple_fault", "raised_by": "set_mce",
         "raised_after_ns": 10, "raised_ns": 20, "end": "delivered", "ended_after_ns": 30, "ended_ns": 40,
         "userspace_exits": 1, "saves": 0, "blind_saves": 0, "nested": False, "stale": False, "exposed": False,
-        "why": "",
+        "why": "", "raised_in": "ioctl", "requester_tid": 0, "requester_cpu": 0, "kicked_ns": -1,
+        "left_guest_ns": -1, "reentered_ns": -1,
     }  # fmt: skip
     assert tape.feed().shutdowns["source"].tolist() == ["request"]
 
@@ -351,3 +352,110 @@ def test_pending_before_tracing_began_and_never_saved_since() -> None:
 
 def test_pending_before_tracing_began_and_saved_since() -> None:
     assert Tape(0, TF).saved(0).ended().one()["end"] == "lost"
+
+
+# --- detail full -------------------------------------------------------------------------------------------------
+
+NMI = 1 << 17
+
+
+def lifecycles_of(*events: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the rows that a stream of detail full makes; each event goes on from the one before it."""
+    rows, word, seq, since = [], 0, 0, 0
+    for given in events:
+        event = {"vcpu": 1, "pid": 100, "cpu": 2, "tid": 101, **given}
+        if event["vcpu"] and event["kind"] != Kind.KICK:
+            seq += 1
+            event |= {"seq": seq, "before": word, "since_ns": since}
+            event.setdefault("requests", word)
+            word, since = event["requests"], event["time_ns"]
+        rows.append(tuple(event.get(name, 0) for name in EVENT.names or ()))
+    core = Lifecycles({0: "tlb_flush", 17: "nmi"}, full=True)
+    finished = core.feed(np.array(rows, EVENT))
+    return [
+        {str(name): value for name, value in row.items()}
+        for table in (finished.lifecycles, core.finish(Loss()).lifecycles)
+        for row in table.to_dict("records")
+    ]
+
+
+BEGIN = {"time_ns": 10, "kind": Kind.VCPU_NEW, "detail": 7, "arg": 4, "flags": Flag.CREATED}
+
+
+def test_raised_in_the_guest_by_a_kick() -> None:
+    (row,) = lifecycles_of(
+        BEGIN,
+        {"time_ns": 20, "kind": Kind.RUN_ENTER},
+        {"time_ns": 30, "kind": Kind.GUEST_ENTRY},
+        {"time_ns": 35, "kind": Kind.KICK, "requests": NMI, "tid": 202, "cpu": 5},
+        {"time_ns": 40, "kind": Kind.GUEST_EXIT, "requests": NMI},
+        {"time_ns": 50, "kind": Kind.GUEST_ENTRY, "requests": 0},
+    )
+    assert row["raised_by"] == "remote"
+    assert (row["raised_in"], row["raised_after_ns"], row["raised_ns"]) == ("guest", 30, 35)
+    assert (row["requester_tid"], row["requester_cpu"], row["kicked_ns"]) == (202, 5, 35)
+    assert (row["left_guest_ns"], row["end"], row["reentered_ns"]) == (40, "serviced", 50)
+    assert (row["ended_after_ns"], row["ended_ns"]) == (40, 50)
+
+
+def test_a_request_of_all_vcpus_is_each_ones() -> None:
+    (row,) = lifecycles_of(
+        BEGIN,
+        {"time_ns": 20, "kind": Kind.RUN_EXIT, "arg": 2},
+        {
+            "time_ns": 25,
+            "kind": Kind.REQUEST_ALL,
+            "vcpu": 0,
+            "detail": 7,
+            "arg": 0x300,
+            "requests": 2**64 - 1,
+            "tid": 9,
+        },
+        {"time_ns": 30, "kind": Kind.RUN_ENTER, "requests": 1},
+        {"time_ns": 40, "kind": Kind.RUN_EXIT, "arg": 2, "requests": 0},
+    )
+    assert (row["request"], row["raised_in"], row["raised_by"]) == ("tlb_flush", "user_space", "remote")
+    assert (row["requester_tid"], row["kicked_ns"], row["reentered_ns"]) == (9, 25, -1)
+
+
+def test_a_request_of_another_vm_or_of_other_vcpus_is_not() -> None:
+    (row,) = lifecycles_of(
+        BEGIN,
+        {"time_ns": 20, "kind": Kind.RUN_EXIT, "arg": 2},
+        {
+            "time_ns": 24,
+            "kind": Kind.REQUEST_ALL,
+            "vcpu": 0,
+            "detail": 8,
+            "arg": 0x300,
+            "requests": 2**64 - 1,
+            "tid": 9,
+        },
+        {"time_ns": 25, "kind": Kind.REQUEST_ALL, "vcpu": 0, "detail": 7, "arg": 0x300, "requests": 1 << 5, "tid": 9},
+        {"time_ns": 26, "kind": Kind.REQUEST_ALL, "vcpu": 0, "detail": 7, "arg": 0x312, "requests": 1 << 4, "tid": 9},
+        {"time_ns": 30, "kind": Kind.RUN_ENTER, "requests": 1},
+    )
+    assert (row["end"], row["raised_by"], row["requester_tid"], row["kicked_ns"]) == ("open", "remote", 0, -1)
+
+
+def test_raised_while_halted() -> None:
+    (row,) = lifecycles_of(
+        BEGIN,
+        {"time_ns": 20, "kind": Kind.RUN_ENTER},
+        {"time_ns": 29, "kind": Kind.KICK, "requests": NMI, "tid": 202},
+        {"time_ns": 30, "kind": Kind.WAKEUP, "requests": NMI, "arg": 9, "detail": 1},
+        {"time_ns": 40, "kind": Kind.GUEST_ENTRY, "requests": 0},
+    )
+    assert (row["raised_in"], row["requester_tid"], row["left_guest_ns"]) == ("halted", 202, -1)
+    assert (row["raised_ns"], row["reentered_ns"]) == (29, 40)
+
+
+def test_a_kick_for_something_else_raises_nothing() -> None:
+    (row,) = lifecycles_of(
+        BEGIN,
+        {"time_ns": 20, "kind": Kind.RUN_ENTER},
+        {"time_ns": 30, "kind": Kind.GUEST_ENTRY},
+        {"time_ns": 35, "kind": Kind.KICK, "requests": 1 << 3, "tid": 202},
+        {"time_ns": 40, "kind": Kind.GUEST_EXIT, "requests": NMI},
+    )
+    assert (row["raised_by"], row["kicked_ns"], row["requester_tid"]) == ("kvm_run", -1, 0)
