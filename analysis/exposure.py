@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.rows import by_key, heads
 from probes.schema import Flag, Kind
 
 #: Columns: ``vm``: the number of the recording; ``pid``; ``triple_fault_cap``: is 218 on, or unknown; ``vcpus``: how
@@ -30,8 +31,9 @@ class Exposure:
         kind, vcpu, flags = (np.asarray(events[name]) for name in ("kind", "vcpu", "flags"))
         detail, arg, pid, time_ns = (np.asarray(events[name]) for name in ("detail", "arg", "pid", "time_ns"))
         # The capability as each vCPU's last event tells it, and every event that begins a vCPU or sets the capability.
-        _, last = np.unique(vcpu[::-1], return_index=True)
-        telling = np.union1d(len(vcpu) - 1 - last, np.flatnonzero((kind == Kind.VCPU_NEW) | (kind == Kind.VM_CAP)))
+        order = by_key(vcpu)
+        last = order[np.append(heads(vcpu[order])[1:], len(vcpu)) - 1] if len(vcpu) else order
+        telling = np.union1d(last, np.flatnonzero((kind == Kind.VCPU_NEW) | (kind == Kind.VM_CAP)))
         for index in telling.tolist():
             number = int(vcpu[index])
             if kind[index] in (Kind.VCPU_NEW, Kind.VM_CAP):

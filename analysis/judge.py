@@ -18,6 +18,9 @@ from tracer.loss import Loss
 
 class _Segment(Protocol):
     @property
+    def columns(self) -> Mapping[str, Any]: ...
+
+    @property
     def events(self) -> Any: ...
 
     @property
@@ -82,9 +85,9 @@ def judge(recording: Source) -> Judgement:
         # Hooks that were missed in this segment concern what was pending in it, and nothing later.
         blind = segment.loss.blind > loss.blind
         loss = segment.loss
-        events += len(segment.events)
-        finished = core.feed(segment.events, blind=blind, loss=loss)
-        exposure.feed(segment.events)
+        events += len(segment.columns["kind"])
+        finished = core.feed(segment.columns, blind=blind, loss=loss)
+        exposure.feed(segment.columns)
         lifecycles.append(finished.lifecycles)
         shutdowns.append(finished.shutdowns)
     lifecycles.append(core.finish(loss).lifecycles)

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,22 @@ def to_arrow(events: npt.NDArray[np.void]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
-    """Return the events of a segment."""
-    events = np.empty(table.num_rows, EVENT)
+def columns(table: pa.Table) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of an event: views of the table where it holds a column in one piece."""
+    return {name: table[name].to_numpy() for name in EVENT.names or ()}
+
+
+def records(table: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.void]:
+    """Return the events of these columns, as records."""
+    made = np.empty(len(table["kind"]), EVENT)
     for name in EVENT.names or ():
-        events[name] = table[name].to_numpy()
-    return events
+        made[name] = table[name]
+    return made
+
+
+def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
+    """Return the events of a table that :func:`to_arrow` made."""
+    return records(columns(table))
 
 
 def _checksum(version: str, loss: str, until_ns: str, events: int) -> str:
@@ -172,9 +183,14 @@ class Segment:
     """A part of a recording: its events, and what had been lost when it ended."""
 
     name: str
-    events: npt.NDArray[np.void]
+    columns: Mapping[str, npt.NDArray[Any]]  # by the names of EVENT
     loss: Loss
     until_ns: int
+
+    @cached_property
+    def events(self) -> npt.NDArray[np.void]:
+        """The events as records, for those who want them whole."""
+        return records(self.columns)
 
 
 @dataclass
@@ -269,4 +285,4 @@ class Recording:
         if metadata[_KEY_SUM].decode() != _checksum(version, lost, until, table.num_rows):
             raise ValueError("its footer is damaged")
         loss = Loss.from_json(json.loads(lost))
-        return Segment(path.name, from_arrow(table), loss, int(until))
+        return Segment(path.name, columns(table), loss, int(until))

@@ -160,6 +160,16 @@ def test_batches_change_nothing(
 
 
 @THOROUGH
+@given(STEPS, FULL, st.booleans(), st.booleans())
+def test_columns_do_as_records(steps: list[tuple[int, int, int]], full: set[int], deep: bool, end_all: bool) -> None:
+    machine = played(steps, full, deep=deep, end_all=end_all)
+    events = batch(machine.events)
+    of_columns, of_records = Lifecycles(NAMES, full=deep), Lifecycles(NAMES, full=deep)
+    found = of_columns.feed({name: events[name] for name in EVENT.names or ()}, loss=machine.loss)
+    pd.testing.assert_frame_equal(found.lifecycles, of_records.feed(events, loss=machine.loss).lifecycles)
+
+
+@THOROUGH
 @given(STEPS, st.lists(st.integers(0, 150), max_size=10), CUTS)
 def test_order_of_two_threads(steps: list[tuple[int, int, int]], swaps: list[int], cuts: list[int]) -> None:
     stream: Stream = [*played(steps).events]

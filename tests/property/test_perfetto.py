@@ -94,17 +94,18 @@ def periods(events: Sequence[Event]) -> set[tuple[int, str, int, int]]:
     return proved
 
 
+def columns(events: Sequence[Event]) -> dict[str, Any]:
+    """Return events as a segment holds them."""
+    made = np.array([event.record() for event in events], EVENT)
+    return {name: made[name] for name in EVENT.names or ()}
+
+
 def cut(events: Sequence[Event], cuts: Sequence[int], loss: Loss) -> Made:
     """Return a recording whose segments end at these places."""
     ends = sorted({0, len(events), *(each % (len(events) + 1) for each in cuts)})
     parts = [events[begin:end] for begin, end in pairwise(ends)]
     return Made(
-        [
-            Segment(
-                f"{number}", np.array([event.record() for event in part], EVENT), loss, max(e.time_ns for e in part)
-            )
-            for number, part in enumerate(parts)
-        ]
+        [Segment(f"{number}", columns(part), loss, max(e.time_ns for e in part)) for number, part in enumerate(parts)]
     )
 
 
