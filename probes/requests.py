@@ -1,7 +1,7 @@
-"""Names of KVM's requests: which bit of ``vcpu->requests`` is which, on which kernel.
+"""KVM's requests: which bit of ``vcpu->requests`` is which, on which kernel, and which of them a save must keep.
 
 The numbers are macros, so BTF does not hold them; the table comes from the kernels' sources. Most bits never moved:
-KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table.
+KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table. docs/requests.md tells of each request at length.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
+#: Bits of ``vcpu->requests``, a u64.
+BITS = 64
 #: The bit of KVM_REQ_TRIPLE_FAULT. Linux's arch/x86/include/asm/kvm_host.h: KVM_ARCH_REQ(2), on every kernel checked.
 TRIPLE_FAULT = 10
 
@@ -27,14 +30,35 @@ class Names(NamedTuple):
     by_bit: Mapping[int, str]
     table: str  # the release whose table was taken
     exact: bool  # whether that is the kernel's own release
+    flags: Mapping[str, frozenset[str]]  # name -> KVM_REQUEST_* without the prefix: NO_WAKEUP, WAIT, NO_ACTION
+
+    @property
+    def inexact(self) -> str:
+        """Say that the names may be wrong; empty if they are the kernel's own."""
+        return "" if self.exact else inexact(self.table)
+
+
+class State(NamedTuple):
+    """What a request stands for that a save of its vCPU must keep, and what keeps it.
+
+    ``carried_by`` is about a KVM_GET_VCPU_EVENTS before and after which the request was pending:
+
+    - ``vcpu_events_flag``: it carries the request exactly if its payload has the flag and the request is pending there;
+    - ``vcpu_events``: it always saves what the request stands for;
+    - ``nothing``: neither it nor any other ioctl saves that.
+    """
+
+    what: str
+    carried_by: Literal["vcpu_events_flag", "vcpu_events", "nothing"]
+    source: str
 
 
 @cache
-def _tables() -> dict[tuple[int, int], dict[int, str]]:
+def _tables() -> dict[tuple[int, int], dict[int, tuple[str, frozenset[str]]]]:
     document = json.loads(files("probes").joinpath("kvm-requests.json").read_text())
     return {
         _version(release): {
-            int(bit): request["name"].removeprefix("KVM_REQ_").lower()
+            int(bit): (request["name"].removeprefix("KVM_REQ_").lower(), frozenset(request["flags"]))
             for bit, request in requests.items()
             if bit.isdigit()
         }
@@ -56,22 +80,131 @@ def names(release: str) -> Names:
     tables = _tables()
     wanted = _version(release)
     known = max((version for version in tables if version <= wanted), default=min(tables))
-    return Names(tables[known], f"{known[0]}.{known[1]}", known == wanted)
+    return Names(
+        by_bit=MappingProxyType({bit: name for bit, (name, _) in tables[known].items()}),
+        table=f"{known[0]}.{known[1]}",
+        exact=known == wanted,
+        flags=MappingProxyType(dict(tables[known].values())),
+    )
+
+
+def inexact(table: str) -> str:
+    """Say what it means that a release has no table of its own."""
+    return (
+        f"the names of requests are those of Linux {table}, the nearest release known: "
+        "any but triple_fault may be another request on this kernel"
+    )
 
 
 def selected(wanted: Iterable[str], known: Names) -> dict[int, str]:
     """Return bit -> name of the requests asked for: ``all``, or names in any case, with or without KVM_REQ_.
 
-    Raises :class:`UnknownRequest`, with the names that exist.
+    A bit that the table does not name is ``bit_43``; ``all`` has them too, since the kernel may be newer than the
+    table. Raises :class:`UnknownRequest`, with the names that exist.
     """
-    bits = {name: bit for bit, name in known.by_bit.items()}
+    every = {bit: known.by_bit.get(bit, f"bit_{bit}") for bit in range(BITS)}
+    bits = {name: bit for bit, name in every.items()}
     chosen: dict[int, str] = {}
     for word in wanted:
         name = word.strip().lower().removeprefix("kvm_req_")
         if name == "all":
-            chosen |= known.by_bit
+            chosen |= every
         elif name in bits:
             chosen[bits[name]] = name
         else:
-            raise UnknownRequest(f"unknown request {word!r}: this kernel has {', '.join(sorted(bits))}, or all")
+            there = ", ".join(sorted(known.flags))
+            raise UnknownRequest(f"unknown request {word!r}: this kernel has {there}, a bit without a name, or all")
     return dict(sorted(chosen.items()))
+
+
+#: Requests that stand for something which the guest or its user would miss if it were dropped with the vCPU.
+STATE: Mapping[str, State] = MappingProxyType(
+    {
+        "triple_fault": State(
+            "the shutdown of the guest",
+            "vcpu_events_flag",
+            # Read in 5.10 too: there the ioctl has no such flag, and no save carries it.
+            'kvm_vcpu_ioctl_x86_get_vcpu_events; Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS '
+            'to support pending triple fault") (in v6.0)',
+        ),
+        "nmi": State(
+            "a non-maskable interrupt",
+            "vcpu_events",
+            "kvm_vcpu_ioctl_x86_get_vcpu_events: it calls process_nmi, which moves queued NMIs to nmi.pending of the "
+            "payload and leaves the request as it is (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
+        "smi": State(
+            "a system management interrupt",
+            # Kernels that save it take the request in the same ioctl: then it is gone, serviced. Where it stays, it is
+            # not in the payload either.
+            "nothing",
+            'kvm_vcpu_ioctl_x86_get_vcpu_events; Linux commit 1f7becf1b7e2 ("KVM: x86: get smi pending status '
+            'correctly") (in v5.11, and in 5.10.262): before it, the ioctl left the request and saved nothing of it',
+        ),
+        "pmi": State(
+            "an interrupt of a performance counter that has overflown",
+            "nothing",
+            "kvm_pmu_deliver_pmi in vcpu_enter_guest is what gives it to the local APIC; the overflow itself is in "
+            "IA32_PERF_GLOBAL_STATUS, and restoring that raises no interrupt (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
+        "ioapic_eoi_exit": State(
+            "the end of an interrupt, which an I/O APIC in user space waits for",
+            "nothing",
+            "kvm_ioapic_send_eoi; vcpu->arch.pending_ioapic_eoi is in no ioctl (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
+        "hv_crash": State(
+            "the guest's report of its own crash (HV_X64_MSR_CRASH_CTL)",
+            "nothing",
+            "kvm_hv_set_msr_pw: the guest's write is kept nowhere but in the request, and a write by user space makes "
+            "none (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
+        "hv_reset": State(
+            "the guest's order to be reset (HV_X64_MSR_RESET)",
+            "nothing",
+            "kvm_hv_set_msr_pw: the guest's write is kept nowhere but in the request (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
+    }
+)
+
+#: The other requests of the table, and why dropping them with the vCPU loses nothing that a restored guest would see.
+STATELESS: Mapping[str, str] = MappingProxyType(
+    {
+        "apf_halt": "the guest faults on the same page again",
+        "apf_ready": "restoring MSR_KVM_ASYNC_PF_EN wakes every task of the guest that waits for a page",
+        "apic_page_reload": "an address of the host, looked up anew",
+        "apicv_update": "worked out anew from the settings of the VM",
+        "clock_update": "restoring the clock raises it anew",
+        "dirty_ring_soft_full": "user space reads the ring itself; raised anew while the ring is full",
+        "event": "only has events looked at again; KVM_SET_VCPU_EVENTS raises it anew",
+        "get_nested_state_pages": "KVM_SET_NESTED_STATE raises it anew",
+        "global_clock_update": "restoring the clock raises it anew",
+        "hv_exit": "reports an MSR that is saved, so user space can tell by itself",
+        "hv_stimer": "restoring the timer's MSRs raises it anew",
+        "hv_tlb_flush": "a new vCPU has no TLB entries",
+        "load_eoi_exitmap": "worked out anew from the local APIC and its routes",
+        "load_mmu_pgd": "page tables are loaded anew",
+        "masterclock_update": "restoring the clock raises it anew",
+        "mclock_inprogress": "only keeps vCPUs out of the guest while the clock changes",
+        "migrate_timer": "moves a timer of the host to another CPU",
+        "mmu_free_obsolete_roots": "page tables are built anew",
+        "mmu_reload": "page tables are built anew",
+        "mmu_sync": "page tables are built anew",
+        "msr_filter_changed": "worked out anew from the settings of the VM",
+        "pending_timer": "only wakes the vCPU; the timer is in the local APIC's state",
+        "pmu": "counters are set up anew from their MSRs",
+        "recalc_intercepts": "worked out anew from the settings of the VM",
+        "report_tpr_access": "KVM has done the access; only the report is left, and the next access makes another",
+        "scan_ioapic": "worked out anew from the local APIC and its routes",
+        "steal_update": "restoring MSR_KVM_STEAL_TIME raises it anew",
+        "tlb_flush": "a new vCPU has no TLB entries",
+        "tlb_flush_current": "a new vCPU has no TLB entries",
+        "tlb_flush_guest": "a new vCPU has no TLB entries",
+        "unblock": "only wakes the vCPU; what it wakes for is kept elsewhere",
+        "unhalt": "lives within KVM_RUN only; what it woke for is kept elsewhere",
+        "update_cpu_dirty_logging": "worked out anew from the settings of the VM",
+        "update_protected_guest_state": "SEV-SNP guests only, whose vCPUs cannot be saved by these ioctls",
+        "vm_bugged": "a VM that is bugged refuses every ioctl: it cannot be saved",
+        "vm_dead": "a VM that is dead refuses every ioctl: it cannot be saved",
+        "vmsa_page_reload": "SEV-SNP guests only, whose vCPUs cannot be saved by these ioctls",
+    }
+)

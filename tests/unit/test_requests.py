@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.resources import files
 
 import pytest
 
-from probes.requests import TRIPLE_FAULT, UnknownRequest, names, selected
+from probes.requests import BITS, STATE, STATELESS, TRIPLE_FAULT, UnknownRequest, inexact, names, selected
+
+RELEASES = {
+    release: requests
+    for release, requests in json.loads(files("probes").joinpath("kvm-requests.json").read_text()).items()
+    if not release.startswith("_")
+}
+EVERY = {
+    request["name"].removeprefix("KVM_REQ_").lower()
+    for requests in RELEASES.values()
+    for bit, request in requests.items()
+    if bit.isdigit()
+}
 
 
 @pytest.mark.parametrize("release", ["5.10.0-33-amd64", "6.1.0-25-amd64", "6.12.9-rc3+"])
@@ -48,13 +62,68 @@ def test_requests_are_selected_by_any_spelling() -> None:
     known = names("6.12")
     assert selected(["triple_fault"], known) == {TRIPLE_FAULT: "triple_fault"}
     assert selected([" KVM_REQ_TRIPLE_FAULT "], known) == {TRIPLE_FAULT: "triple_fault"}
-    assert selected(["all"], known) == dict(sorted(known.by_bit.items()))
     assert list(selected(["nmi", "Triple_Fault"], known).values()) == sorted(
         ["nmi", "triple_fault"], key=lambda name: next(bit for bit, one in known.by_bit.items() if one == name)
     )
 
 
-@pytest.mark.parametrize("word", ["no_such", "", "triplefault", "10"])
+def test_all_has_the_bits_without_a_name_too() -> None:
+    """A kernel can be newer than the table: a request that it does not know is watched, and shown by its bit."""
+    known = names("6.12")
+    every = selected(["all"], known)
+    assert list(every) == list(range(BITS))
+    assert {bit: name for bit, name in every.items() if bit in known.by_bit} == dict(known.by_bit)
+    assert all(every[bit] == f"bit_{bit}" for bit in range(BITS) if bit not in known.by_bit)
+    assert BITS - 1 not in known.by_bit
+    assert selected([f"bit_{BITS - 1}"], known) == {BITS - 1: f"bit_{BITS - 1}"}
+
+
+def test_a_bit_that_has_a_name_goes_by_it() -> None:
+    """One request, one name: no bit is watched twice."""
+    with pytest.raises(UnknownRequest):
+        selected([f"bit_{TRIPLE_FAULT}"], names("6.12"))
+
+
+@pytest.mark.parametrize("release", sorted(RELEASES))
+def test_each_request_has_the_flags_of_its_release(release: str) -> None:
+    """Flags of the same request differ between releases; pseudo requests are no bits."""
+    known = names(release)
+    assert set(known.flags) == set(known.by_bit.values())
+    for bit, name in known.by_bit.items():
+        assert known.flags[name] == set(RELEASES[release][str(bit)]["flags"])
+    assert known.flags["tlb_flush"] == {"NO_WAKEUP", "WAIT"}
+    assert known.flags["triple_fault"] == frozenset()
+
+
+def test_names_of_another_release_are_never_silent() -> None:
+    """Whoever prints names has a sentence to go with them."""
+    assert not names("6.12").inexact
+    newest = names("999.0")
+    assert newest.inexact == inexact(newest.table)
+    assert newest.table in newest.inexact
+
+
+def test_every_request_is_known_to_carry_state_or_not() -> None:
+    """So that a request of a new kernel cannot be judged by default."""
+    assert not set(STATE) & set(STATELESS)
+    assert set(STATE) | set(STATELESS) == EVERY
+
+
+def test_the_requests_that_a_save_must_keep() -> None:
+    """Which, and by what word: analysis.lifecycle judges by it."""
+    assert {name: state.carried_by for name, state in STATE.items()} == {
+        "triple_fault": "vcpu_events_flag",
+        "nmi": "vcpu_events",
+        "smi": "nothing",
+        "pmi": "nothing",
+        "ioapic_eoi_exit": "nothing",
+        "hv_crash": "nothing",
+        "hv_reset": "nothing",
+    }
+    assert all(state.what and state.source for state in STATE.values())
+
+
+@pytest.mark.parametrize("word", ["no_such", "", "triplefault", "10", "bit_64", "bit_05"])
 def test_an_unknown_request_lists_those_that_exist(word: str) -> None:
     """So that the user need not look them up."""
     known = names("6.12")
