@@ -28,11 +28,15 @@ class Exposure:
 
     def feed(self, events: Any) -> None:
         """Take a batch of events."""
-        kind, vcpu, flags = (np.asarray(events[name]) for name in ("kind", "vcpu", "flags"))
-        detail, arg, pid, time_ns = (np.asarray(events[name]) for name in ("detail", "arg", "pid", "time_ns"))
+        kind, vcpu, seq = (np.ascontiguousarray(events[name]) for name in ("kind", "vcpu", "seq"))
+        detail, arg, pid, time_ns, flags = (
+            np.asarray(events[name]) for name in ("detail", "arg", "pid", "time_ns", "flags")
+        )
         # The capability as each vCPU's last event tells it, and every event that begins a vCPU or sets the capability.
-        order = by_key(vcpu)
-        last = order[np.append(heads(vcpu[order])[1:], len(vcpu)) - 1] if len(vcpu) else order
+        # What other threads saw of a vCPU (seq 0) tells nothing of its flags.
+        own = np.flatnonzero(seq != 0)
+        own = own[by_key(vcpu[own])]
+        last = own[np.append(heads(vcpu[own])[1:], len(own)) - 1] if len(own) else own
         telling = np.union1d(last, np.flatnonzero((kind == Kind.VCPU_NEW) | (kind == Kind.VM_CAP)))
         for index in telling.tolist():
             number = int(vcpu[index])
