@@ -10,7 +10,7 @@ transition that the event saw; ``known != before`` is one whose event was lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.rows import by_key, column, find, heads
-from probes.requests import TRIPLE_FAULT
+from probes.requests import STATE, STATELESS, TRIPLE_FAULT
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     PAYLOAD_PENDING,
@@ -138,7 +138,7 @@ _VCPU = np.dtype(
         ("cut", "?"),  # a part of the recording is missing since its last event
     ]
 )
-_NO_SAVE, _CARRIED, _BLIND = 0, 1, 2
+_NO_SAVE, _CARRIED, _BLIND, _UNSURE = 0, 1, 2, 3
 # What is carried over of a request that is pending.
 _OPEN = np.dtype(
     [
@@ -199,6 +199,8 @@ _WHY_VANISHED = "the request disappeared inside KVM_RUN without a shutdown exit"
 _WHY_OUTSIDE = "the request disappeared while no ioctl was in progress"
 _WHY_OLDER = "it was pending before tracing began: whether it had been saved by then is not known"
 _WHY_BLIND = "the tracer missed hooks, and they may be what decides it"
+_WHY_MEANWHILE = "it was raised while the vCPU was saved: whether before or after that is not known"
+_WHY_UNNAMED = "it was pending when the vCPU was saved, and this kvmreq does not know what it stands for"
 _WHY_CUT = "a part of the recording is missing while it was pending"
 
 
@@ -312,14 +314,17 @@ class _Kicked(NamedTuple):
         begin[inner] = rows.position[row[inner] - 1]
         scale = int(max(of_bit["position"].max(), rows.position.max())) + 3
         keys = group * scale + of_bit["position"] + 1
-        place = np.searchsorted(keys, slot[at_known] * scale + begin + 1, side="right")
-        there = place < len(of_bit)
-        there[there] = keys[place[there]] <= slot[at_known[there]] * scale + rows.position[row[there]]
-        found = of_bit[place[there]]
-        made = _kicks_of(found, mask)
-        made["number"], made["word"], made["seen"] = rows.vcpu[row[there]], mask, False
-        asked = _asked(found, who["vcpu"][at_known[there]])
-        return at_known[there][asked], made[asked]
+        parts_at, parts = [at[:0]], [np.empty(0, _KICK)]
+        for asking, asked in _asked(of_bit, who["vcpu"][at_known]):
+            slots = slot[at_known[asked]]
+            place = np.searchsorted(keys[asking], slots * scale + begin[asked] + 1, side="right")
+            there = place < len(asking)
+            there[there] = keys[asking[place[there]]] <= slots[there] * scale + rows.position[row[asked[there]]]
+            made = _kicks_of(of_bit[asking[place[there]]], mask)
+            made["number"], made["word"], made["seen"] = rows.vcpu[row[asked[there]]], mask, False
+            parts_at.append(at_known[asked[there]])
+            parts.append(made)
+        return np.concatenate(parts_at), np.concatenate(parts)
 
 
 def _who_before(who: Array, whose: Array, initial: Array, first: Array, at: Array, group: Array) -> Array:
@@ -340,14 +345,18 @@ def _kicks_of(others: Array, mask: np.uint64) -> Array:
     return kept
 
 
-def _asked(of_all: Array, vcpu_id: Array) -> Array:
-    """Return whether requests made of several vCPUs concern these.
+def _asked(of_all: Array, vcpu_id: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield which of the requests made of several vCPUs concern which of these: places here and there.
 
-    The mask is by index, which is the id of a vCPU where the VMM counts up, as all do.
+    The mask is by index, which is the id of a vCPU where the VMM counts up, as all do. Beyond 64 it says nothing.
     """
-    high = vcpu_id >= 64
-    asked: Array = high | ((of_all["requests"] >> np.minimum(vcpu_id, 63).astype("u8")) & np.uint64(1)).astype(bool)
-    return asked
+    if (of_all["requests"] == np.uint64(2**64 - 1)).all():
+        yield np.arange(len(of_all)), np.arange(len(vcpu_id))
+        return
+    low = np.minimum(vcpu_id, 64)
+    for number in np.unique(low).tolist():
+        asking = of_all["requests"] >> np.uint64(number) & np.uint64(1) != 0 if number < 64 else of_all["vcpu"] == 0
+        yield np.flatnonzero(asking), np.flatnonzero(low == number)
 
 
 def _apply_kicks(one: Array, instance: Array, kicks: Array, own_tid: Array | None = None) -> None:
@@ -628,12 +637,13 @@ class Lifecycles:
                     continue
                 of_vm = of_all[(of_all["detail"] == vm) & (bits == bit)]
                 members = np.flatnonzero(self._vcpus["vm"] == vm)
-                place = np.searchsorted(of_vm["position"], final[members], side="right")
-                there = place < len(of_vm)
-                made = _kicks_of(of_vm[place[there]], self._mask)
-                made["number"] = self._vcpus["number"][members[there]]
-                made["word"], made["seen"] = np.uint64(1 << bit), False
-                new.append(made[_asked(of_vm[place[there]], self._vcpus["vcpu"][members[there]])])
+                for asking, asked in _asked(of_vm, self._vcpus["vcpu"][members]):
+                    place = np.searchsorted(of_vm["position"][asking], final[members[asked]], side="right")
+                    there = place < len(asking)
+                    made = _kicks_of(of_vm[asking[place[there]]], self._mask)
+                    made["number"] = self._vcpus["number"][members[asked[there]]]
+                    made["word"], made["seen"] = np.uint64(1 << bit), False
+                    new.append(made)
         arrived = np.concatenate(new)
         place, alive = find(self._vcpus["number"], arrived["number"])
         arrived = arrived[alive]
@@ -779,13 +789,22 @@ class Lifecycles:
         one["cut"][owner[cut[broken]]] = True
 
         add("exits", np.flatnonzero(now & (kind == Kind.RUN_EXIT)))
+        stands_for = STATE.get(name)
+        harmless = stands_for is None and name in STATELESS
+        saved = np.flatnonzero(now & (kind == Kind.SAVE) & succeeded)
+        if stands_for is None and not harmless:
+            one["last_save"][now_in[saved]] = _UNSURE
+        elif stands_for is not None:
+            if stands_for.carried_by == "vcpu_events_flag":
+                full = VALID_TRIPLE_FAULT | PAYLOAD_PENDING
+                save = np.where((detail[saved] & full) == full, _CARRIED, _BLIND)
+            else:
+                save = np.full(len(saved), _CARRIED if stands_for.carried_by == "vcpu_events" else _BLIND)
+                save[~before[saved]] = _UNSURE
+            add("saves", saved[save == _CARRIED])
+            add("blind", saved[save == _BLIND])
+            one["last_save"][now_in[saved]] = save
         if bit == TRIPLE_FAULT:
-            saved = np.flatnonzero(now & (kind == Kind.SAVE) & succeeded)
-            full = VALID_TRIPLE_FAULT | PAYLOAD_PENDING
-            carries = (detail[saved] & full) == full
-            add("saves", saved[carries])
-            add("blind", saved[~carries])
-            one["last_save"][now_in[saved]] = np.where(carries, _CARRIED, _BLIND)
             self._resets(one, instances, now_in, now & before, kind, detail, succeeded)
         nested = (flags & Flag.NESTED) != 0
         one["nested"][now_in[nested & (before | now)]] = True
@@ -799,9 +818,10 @@ class Lifecycles:
         row = np.concatenate((vanished, gone, over))
         end, why = _ends(bit, kind, low, succeeded, one["nested"][now_in], gone)
         last_save = one["last_save"][now_in[over]]
-        stopped = np.array(["abandoned", "handed_over", "lost"], object)[last_save]
-        stop_why = np.full(len(over), "", object)
-        if bit == TRIPLE_FAULT:
+        stopped = np.array(["abandoned", "handed_over", "lost", "undecided"], object)[last_save]
+        unsure = _WHY_UNNAMED if stands_for is None else _WHY_MEANWHILE
+        stop_why = np.where(last_save == _UNSURE, unsure, "").astype(object)
+        if stands_for is not None:
             # Pending when tracing began, and not saved since: a save before that is what nobody can exclude.
             older = (last_save == _NO_SAVE) & (one["by"][now_in[over]] == _RAISER["unknown"])
             stopped[older], stop_why[older] = "undecided", _WHY_OLDER
@@ -810,7 +830,8 @@ class Lifecycles:
         after = np.concatenate((last_ns[vanished], since_ns[gone], since_ns[over]))
         ended = np.concatenate((since_ns[vanished], time_ns[gone], time_ns[over]))
         one["missed"] |= blind
-        proof = np.isin(ends, ("lost", "abandoned", "handed_over")) & one["missed"][index]
+        # What stands for nothing that a save must keep is no loss, whatever else the tracer has missed.
+        proof = np.isin(ends, ("lost", "abandoned", "handed_over")) & one["missed"][index] & (not harmless)
         ends[proof], whys[proof] = "undecided", _WHY_BLIND
         order = np.argsort(index)
         index, ends, whys, row = index[order], ends[order], whys[order], row[order]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from probes.requests import STATE, STATELESS
 from probes.schema import FIELDS, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Flag, Kind, Site
 from tracer.loss import Loss
 
@@ -253,6 +254,9 @@ class Oracle:
             return
         if event.kind == Kind.RUN_EXIT:
             request.exits += 1
+        if self.names[bit] not in STATELESS:
+            state = STATE.get(self.names[bit])
+            _saved(state.carried_by if state else "unknown", request, event, before)
         if bit == 10:
             _payloads(request, event, before)
         if event.kind == Kind.VCPU_END:
@@ -279,9 +283,10 @@ class Oracle:
 
     def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int) -> None:
         request = vcpu.pending[bit]
-        end = {"": "abandoned", "carried": "handed_over", "blind": "lost"}[request.last_save]
-        older = bit == 10 and end == "abandoned" and request.raised_by == "unknown"
-        unknown = self.blind or older
+        end = {"": "abandoned", "carried": "handed_over", "blind": "lost", "meanwhile": "undecided"}[request.last_save]
+        stateful = self.names[bit] in STATE
+        older = stateful and end == "abandoned" and request.raised_by == "unknown"
+        unknown = (self.blind and self.names[bit] not in STATELESS) or older or end == "undecided"
         self.end(vcpu, bit, "undecided" if unknown else end, after_ns, time_ns, why=unknown)
 
     def end(
@@ -359,16 +364,26 @@ def _place(event: Event, last_kind: int | None) -> str:
     return "unknown"
 
 
+def _saved(carried_by: str, request: Pending, event: Event, before: bool) -> None:
+    if event.kind != Kind.SAVE or not event.succeeded:
+        return
+    if carried_by == "vcpu_events_flag":
+        carried = bool(event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING)
+    elif not before or carried_by == "unknown":
+        request.last_save = "meanwhile"
+        return
+    else:
+        carried = carried_by == "vcpu_events"
+    if carried:
+        request.saves += 1
+    else:
+        request.blind_saves += 1
+    request.last_save = "carried" if carried else "blind"
+
+
 def _payloads(request: Pending, event: Event, before: bool) -> None:
     valid = bool(event.detail & VALID_TRIPLE_FAULT)
     pending = bool(event.detail & PAYLOAD_PENDING)
-    if event.kind == Kind.SAVE and event.succeeded:
-        if valid and pending:
-            request.saves += 1
-            request.last_save = "carried"
-        else:
-            request.blind_saves += 1
-            request.last_save = "blind"
     if event.kind == Kind.RESET and before:
         request.reset, request.set_since_reset = True, False
     if event.kind == Kind.RESTORE and event.succeeded and before:

@@ -459,3 +459,44 @@ def test_a_kick_for_something_else_raises_nothing() -> None:
         {"time_ns": 40, "kind": Kind.GUEST_EXIT, "requests": NMI},
     )
     assert (row["raised_by"], row["kicked_ns"], row["requester_tid"]) == ("kvm_run", -1, 0)
+
+
+# --- what other requests stand for -------------------------------------------------------------------------------
+
+
+def ended_with(name: str, *events: dict[str, int]) -> tuple[str, int, int]:
+    """Return how request 20 ended under that name, and its saves and blind saves."""
+    rows, word, since = [], 0, 0
+    stream = (BEGIN, *events, {"time_ns": 90, "kind": Kind.VCPU_END})
+    for number, given in enumerate(stream, start=1):
+        event = {"vcpu": 1, "pid": 100, "seq": number, "before": word, "since_ns": since, "requests": word, **given}
+        word, since = event["requests"], event["time_ns"]
+        rows.append(tuple(event.get(field, 0) for field in EVENT.names or ()))
+    (row,) = Lifecycles({20: name}).feed(np.array(rows, EVENT)).lifecycles.to_dict("records")
+    return row["end"], row["saves"], row["blind_saves"]
+
+
+RAISED = {"time_ns": 20, "kind": Kind.IOCTL_EXIT, "arg": 0xAEB7, "requests": 1 << 20}
+SAVED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F}
+FAILED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F | (2**32 - 14) << 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "events", "expected"),
+    [
+        ("nmi", (RAISED, SAVED), ("handed_over", 1, 0)),
+        ("smi", (RAISED, SAVED), ("lost", 0, 1)),
+        ("smi", (RAISED, {**SAVED, "requests": 0}), ("serviced", 0, 0)),
+        ("smi", (RAISED, FAILED), ("abandoned", 0, 0)),
+        ("smi", (RAISED,), ("abandoned", 0, 0)),
+        ("smi", (SAVED, {**RAISED, "time_ns": 40}), ("abandoned", 0, 0)),
+        ("hv_crash", ({**SAVED, "requests": 1 << 20},), ("undecided", 0, 0)),
+        ("tlb_flush", (RAISED, SAVED), ("abandoned", 0, 0)),
+        ("bit_20", (RAISED,), ("abandoned", 0, 0)),
+        ("bit_20", (RAISED, SAVED), ("undecided", 0, 0)),
+    ],
+)
+def test_a_request_is_lost_if_it_stands_for_what_the_save_has_not(
+    name: str, events: tuple[dict[str, int], ...], expected: tuple[str, int, int]
+) -> None:
+    assert ended_with(name, *events) == expected
