@@ -505,6 +505,8 @@ class _Periods:
 
         last_ns = earlier(time_ns, "time_ns")
         follows = (last_ns > 0) & (events["since_ns"].astype("i8") <= last_ns) & (events["since_ns"] > 0)
+        # By the time that its memory is used again, a vCPU has long ended.
+        follows &= (kind != Kind.VCPU_END) | (events["arg"] != End.REUSED)
         # A kind that tells nothing leaves what the one before it told, if nothing was between them.
         after = _AFTER[kind]
         silent = after == 0

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis.judge import judge
-from probes.schema import EVENT, SCHEMA_VERSION, Flag, Kind
+from probes.schema import EVENT, SCHEMA_VERSION, End, Flag, Kind
 from reports import perfetto
 from tests.property.model import NAMES, played
 from tests.property.oracle import Event
@@ -85,7 +85,7 @@ def periods(events: Sequence[Event]) -> set[tuple[int, str, int, int]]:
         if kind == Kind.SAVE and event.flags & Flag.SYNC:
             kind = 0
         before_ns, doing = last.get(event.vcpu, (0, ""))
-        if not 0 < event.since_ns <= before_ns:
+        if not 0 < event.since_ns <= before_ns or (kind == Kind.VCPU_END and event.arg == End.REUSED):
             doing = ""
         may = MAY.get(kind, (doing,))
         if doing in may and may[0] not in ("", "user space or ioctl"):
