@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from analysis.rows import by_key
 from probes.exits import Kind
+from probes.requests import bit_name
 from probes.schema import EVENT
 from probes.schema import Kind as EventKind
 from probes.stat import BITS, BUCKETS, KEY, VALUE, WORDS, Counts
@@ -206,7 +207,7 @@ def requests(counts: Counts, names: Mapping[int, str]) -> list[Request]:
     """Return the table of requests over all vCPUs of ``counts``, the most frequent first."""
     raised, serviced = (counts.words[name].sum(axis=0, dtype="u8") for name in ("raised", "serviced"))
     rows = [
-        Request(names.get(bit, f"bit {bit}"), bit, int(raised[bit]), int(serviced[bit]))
+        Request(names.get(bit, bit_name(bit)), bit, int(raised[bit]), int(serviced[bit]))
         for bit in np.flatnonzero(raised | serviced).tolist()
     ]
     return sorted(rows, key=lambda row: (-row.raised, -row.serviced, row.bit))

@@ -88,6 +88,11 @@ def names(release: str) -> Names:
     )
 
 
+def bit_name(bit: int) -> str:
+    """Return what a bit is called that has no name: ``bit_43``."""
+    return f"bit_{bit}"
+
+
 def inexact(table: str) -> str:
     """Say what it means that a release has no table of its own."""
     return (
@@ -102,7 +107,7 @@ def selected(wanted: Iterable[str], known: Names) -> dict[int, str]:
     A bit that the table does not name is ``bit_43``; ``all`` has them too, since the kernel may be newer than the
     table. Raises :class:`UnknownRequest`, with the names that exist.
     """
-    every = {bit: known.by_bit.get(bit, f"bit_{bit}") for bit in range(BITS)}
+    every = {bit: known.by_bit.get(bit, bit_name(bit)) for bit in range(BITS)}
     bits = {name: bit for bit, name in every.items()}
     chosen: dict[int, str] = {}
     for word in wanted:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from probes.requests import bit_name
 from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, End, Flag, Kind, Site
 from probes.uapi import exit_reason, ioctl
 
@@ -130,7 +131,7 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_C
         return _Column(name, places, [word(int(value)) for value in distinct], known)
 
     def requests_of(word: int) -> list[str]:
-        return [clean(names.get(bit, f"bit_{bit}")) for bit in range(64) if word >> bit & 1]
+        return [clean(names.get(bit, bit_name(bit))) for bit in range(64) if word >> bit & 1]
 
     payload = among(Kind.SAVE, Kind.RESTORE)
     returned = payload | among(Kind.IOCTL_EXIT)

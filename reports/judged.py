@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from probes.requests import BITS, bit_name, inexact
 from reports.document import records
 from reports.words import Clock, clip, duration, guest, plural, shown
 
@@ -108,6 +109,25 @@ def where(judgement: Judgement) -> str:
     host, kernel, engine = (shown(str(meta[key])) for key in ("host", "kernel", "engine"))
     began = Clock(meta["clock"]).when(meta["started_ns"])
     return f"Host {host}, Linux {kernel}, engine {engine}, from {began} UTC."
+
+
+def names_remark(judgement: Judgement) -> str:
+    """Say that requests may not be what they are called; empty where the kernel's own release names them."""
+    meta = judgement.meta
+    if meta.get("requests_table_exact", True):
+        return ""
+    said = inexact(shown(str(meta["requests_table"])))
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def requests_watched(names: Sequence[str]) -> str:
+    """Return the requests that were watched; bits without a name, of which there are many in ``all``, as one."""
+    unnamed = {bit_name(bit) for bit in range(BITS)}
+    named = [shown(str(name)) for name in names if name not in unnamed]
+    rest = len(names) - len(named)
+    if rest > 1:
+        return ", ".join([*named, plural(rest, "bit without a name", "bits without a name")])
+    return ", ".join(shown(str(name)) for name in names)
 
 
 def guests(vms: pd.DataFrame) -> dict[int, Guest]:
@@ -234,7 +254,8 @@ def recording_facts(judgement: Judgement) -> Sequence[Fact]:
         Fact("its parameters", shown(parameters)),
         Fact("engine", shown(engine)),
         Fact("detail", shown(str(meta["detail"]))),
-        Fact("requests", ", ".join(shown(str(each)) for each in meta["requests"])),
+        Fact("requests", requests_watched(meta["requests"])),
+        Fact("their names", names_remark(judgement)),
         Fact("began", f"{clock.when(meta['started_ns'])} UTC"),
         Fact(
             "ended",

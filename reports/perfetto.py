@@ -21,6 +21,7 @@ from probes.requests import TRIPLE_FAULT
 from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind
 from probes.uapi import ioctl
 from reports import protobuf as pb
+from reports.judged import requests_watched
 from reports.words import guest, shown
 from tracer.loss import Loss
 
@@ -137,7 +138,7 @@ class _Trace:
         clocks = [pb.data(1, pb.number(1, number), pb.number(2, time_ns)) for number, time_ns in pair]
         snapshot = pb.data(6, *clocks, pb.number(2, _MONOTONIC))
         arguments = {key: shown(str(meta[key])) for key in ("host", "kernel", "engine", "detail")}
-        arguments["requests"] = ", ".join(shown(str(name)) for name in meta["requests"])
+        arguments["requests"] = requests_watched(meta["requests"])
         event = self._events(_BEGIN, _uuid(_ROOT), "recording", "recording", [self._until_ns], arguments)
         tracks = self._track(_uuid(_ROOT), "kvmreq recording") + self._track(
             _uuid(_LOSSES), "losses", parent=_uuid(_ROOT)

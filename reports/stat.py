@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import stat as table
 from probes.exits import EVENTS, UNREADABLE, Kind, parse, reason
+from probes.requests import inexact
 from reports.stat_help import SCHEMA
 from reports.words import Clock, Column, columns, duration, plural, short, shown, wrap
 from tracer.errors import BadRecording
@@ -128,6 +129,8 @@ def of_recording(recording: Recording, pids: Sequence[int], only_vms: Sequence[i
         lines.append(f"times across {plural(told.gaps, 'lost event')}: their exits are counted, not timed")
     if set(meta["requests"]) != set(meta.get("requests_by_bit", {}).values()) or len(meta["requests"]) < 2:
         lines.append(f"other requests than {', '.join(meta['requests'])}, by name: they were not watched")
+    if not meta.get("requests_table_exact", True):
+        lines.append(inexact(str(meta["requests_table"])))
     source = Source(
         meta["host"],
         meta["kernel"],

@@ -17,6 +17,7 @@ from reports.judged import (
     guests,
     headline,
     losses,
+    names_remark,
     outcome,
     ranked,
     unseen,
@@ -93,6 +94,8 @@ def _headline(judgement: Judgement) -> Iterator[str]:
     yield from wrap(headline(judgement).text)
     yield from wrap(watched(judgement), first="  ")
     yield from wrap(where(judgement), first="  ")
+    if remark := names_remark(judgement):
+        yield from wrap(remark, first="  ")
 
 
 def _verdicts(judgement: Judgement) -> Iterator[str]:

@@ -61,8 +61,8 @@ def _checks() -> Iterator[Check]:
     )
     yield _bcc()
     names = requests.names(host.release())
-    exact = "" if names.exact else f": this release is unknown, the names are those of {names.table}"
-    yield Check("request names", None, f"{len(names.by_bit)} of Linux {names.table}{exact}")
+    told = f"{len(names.by_bit)} of Linux {names.table}"
+    yield Check("request names", None, f"{told}: {names.inexact}" if names.inexact else told)
 
 
 def _btf() -> Check:

@@ -87,6 +87,11 @@ def watched(wish: Wish) -> dict[int, str]:
         raise KvmreqError(str(error)) from error
 
 
+def doubts(names: Mapping[int, str], table: requests.Names) -> list[str]:
+    """Return what to note when a recording begins: that the requests watched may not be what they are called."""
+    return [table.inexact] if table.inexact and set(names) != {requests.TRIPLE_FAULT} else []
+
+
 class _SegmentWriter(threading.Thread):
     """Writes segments one after the other; an error ends it, and is raised by :meth:`check`."""
 
@@ -154,6 +159,7 @@ class Recorder:
             self._engine.attach()
             self._modules = host.kvm_modules()
             table = requests.names(host.release())
+            self.notes += doubts(names, table)
             self._plan_lines = self._engine.plan.as_json()
             self._writer = Writer(
                 self.path,
@@ -169,6 +175,9 @@ class Recorder:
                     "detail": "full" if self.wish.full else "boundary",
                     "requests": list(names.values()),
                     "requests_by_bit": {str(bit): name for bit, name in names.items()},
+                    "requests_flags": {
+                        name: sorted(table.flags[name]) for name in names.values() if name in table.flags
+                    },
                     "requests_table": table.table,
                     "requests_table_exact": table.exact,
                     "pids": list(self.wish.pids),

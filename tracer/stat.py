@@ -214,7 +214,8 @@ class Statistics:
         self.plan = _choose(self.engine, facts)
         formats = tracefs.formats(exits.EVENTS)
         self._names = {name: exits.parse(formats.get(name, "")) for name in exits.EVENTS}
-        self.requests = requests.names(host.release()).by_bit
+        table = requests.names(host.release())
+        self.requests = table.by_bit
         self._programs = _Programs(
             self.plan, programs.exit_programs(facts.exit_arguments), facts.offsets, self.only.pids
         )
@@ -232,6 +233,7 @@ class Statistics:
             self.close()
             raise
         self._unseen = [line["unseen"] for line in self._programs.plan.as_json() if line["hook"] is None]
+        self._unseen += [table.inexact] if table.inexact else []
         self._unseen += [
             f"the names of {name}'s reasons (its format in tracefs cannot be read)"
             for name in exits.EVENTS

@@ -439,6 +439,26 @@ def test_the_headline_says_the_worst(ends: list[str], says: str) -> None:
     assert text.report(found, latency(found)).splitlines()[0] == says
 
 
+@pytest.mark.parametrize("exact", [True, False, None])
+def test_names_that_are_another_release_s_are_never_silent(exact: bool | None) -> None:
+    """Text, page and document say that the table of names is not the kernel's own; an old recording cannot."""
+    told = {} if exact is None else {"requests_table": "7.77", "requests_table_exact": exact}
+    found = judgement(meta={**META, **told})
+    for written in (text.report(found, latency(found)), html.page([source(found)])):
+        assert ("7.77" in written) == (exact is False)
+    assert document.document(found)["recording"]["requests_table_exact"] is exact
+
+
+def test_bits_without_a_name_are_counted_not_listed() -> None:
+    """With all requests they are most of them."""
+    assert (
+        judged.requests_watched(["tlb_flush", "bit_5", "nmi", "bit_6", "bit_63"])
+        == "tlb_flush, nmi, 3 bits without a name"
+    )
+    assert judged.requests_watched(["bit_5"]) == "bit_5"
+    assert judged.requests_watched(["triple_fault"]) == "triple_fault"
+
+
 def test_guests_of_one_name_are_told_apart() -> None:
     """By the number that the document gives them: a VMM may run several guests in one process."""
     found = judged.guests(frame(VM, [{**vm(1, None), "pid": 7}, {**vm(2, None), "pid": 7}, vm(3)]))

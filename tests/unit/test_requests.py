@@ -9,6 +9,7 @@ from importlib.resources import files
 import pytest
 
 from probes.requests import BITS, STATE, STATELESS, TRIPLE_FAULT, UnknownRequest, inexact, names, selected
+from tracer.recorder import doubts
 
 RELEASES = {
     release: requests
@@ -101,6 +102,21 @@ def test_names_of_another_release_are_never_silent() -> None:
     newest = names("999.0")
     assert newest.inexact == inexact(newest.table)
     assert newest.table in newest.inexact
+
+
+@pytest.mark.parametrize(
+    ("release", "wanted", "noted"),
+    [
+        ("6.12", ["all"], False),
+        ("999.0", ["triple_fault"], False),
+        ("999.0", ["nmi"], True),
+        ("999.0", ["all"], True),
+    ],
+)
+def test_a_recording_of_another_release_begins_with_a_note(release: str, wanted: list[str], noted: bool) -> None:
+    """Except where only the one request is watched whose bit is the same everywhere."""
+    known = names(release)
+    assert doubts(selected(wanted, known), known) == ([known.inexact] if noted else [])
 
 
 def test_every_request_is_known_to_carry_state_or_not() -> None:

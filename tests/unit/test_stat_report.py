@@ -104,7 +104,7 @@ def test_nothing_is_not_seen_where_nothing_ran() -> None:
     assert "no exits" in words.text(empty)
 
 
-def recording(path: Path, detail: str) -> Recording:
+def recording(path: Path, detail: str, **more: Any) -> Recording:
     """Return a recording of one vCPU: two exits to user space, one of which came back after 500 ns."""
     kinds = (EventKind.VCPU_NEW, EventKind.RUN_ENTER, EventKind.RUN_EXIT, EventKind.RUN_ENTER, EventKind.RUN_EXIT)
     events = np.zeros(len(kinds), EVENT)
@@ -116,7 +116,7 @@ def recording(path: Path, detail: str) -> Recording:
         "schema": SCHEMA_VERSION, "host": "host", "kernel": "6.1.0", "engine": "kprobe", "detail": detail,
         "kvm_module": "kvm_amd (AMD SVM)", "requests": ["triple_fault"], "requests_by_bit": {"10": "triple_fault"},
         "clock": {"utc_ns": 10**18, "monotonic_ns": 0}, "plan": [], "started_ns": 900, "formats": FORMATS,
-        "guests": {"1": {"pid": 4711, "name": "web", "vmm": "qemu", "uuid": None}},
+        "guests": {"1": {"pid": 4711, "name": "web", "vmm": "qemu", "uuid": None}}, **more,
     }  # fmt: skip
     writer = Writer(path, meta)
     writer.segment(events[:3], Loss(), 2100)
@@ -134,6 +134,13 @@ def test_a_recording_of_detail_full_gives_the_same_table(tmp_path: Path) -> None
     assert any("no kvm_exit" in line for line in one["unseen"])
     assert len(one["unseen"]) == len(set(one["unseen"]))
     assert "never fired" not in str(one["unseen"])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_recording_says_if_its_names_are_another_release_s(tmp_path: Path, exact: bool) -> None:
+    """The counts are of bits: what these are called is all that is in doubt."""
+    found = recording(tmp_path / "r", "full", requests_table="7.77", requests_table_exact=exact)
+    assert any("7.77" in line for line in words.of_recording(found, [], [], [])["unseen"]) != exact
 
 
 @pytest.mark.parametrize("wanted", [([4712], [], []), ([], [2], []), ([], [], [1])])
