@@ -61,8 +61,7 @@ def _checks() -> Iterator[Check]:
     )
     yield _bcc()
     names = requests.names(host.release())
-    told = f"{len(names.by_bit)} of Linux {names.table}"
-    yield Check("request names", None, f"{told}: {names.inexact}" if names.inexact else told)
+    yield Check("request names", None, names.inexact or f"{len(names.by_bit)} of Linux {names.table}")
 
 
 def _btf() -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,59 @@ def test_the_requests_that_a_save_must_keep() -> None:
         "hv_reset": "nothing",
     }
     assert all(state.what and state.source for state in STATE.values())
+
+
+def test_the_bits_that_carry_state_never_moved() -> None:
+    """A release without a table of its own has the names of another one: its losses are of these bits all the same."""
+    for name in STATE:
+        bits = {
+            int(bit)
+            for requests in RELEASES.values()
+            for bit, request in requests.items()
+            if bit.isdigit() and request["name"] == f"KVM_REQ_{name.upper()}"
+        }
+        assert len(bits) == 1, name
+
+
+def page_rows(heading: str) -> list[list[str]]:
+    """Return the rows of the first table under a heading of docs/requests.md."""
+    page = (Path(__file__).parents[2] / "docs" / "requests.md").read_text()
+    lines = page.partition(f"## {heading}\n")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_page_tells_of_every_request_as_the_tables_have_it() -> None:
+    """Its bit, the releases that have it, its flags, and whether it carries state."""
+    rows = {row[0]: row for row in page_rows("All requests")}
+    assert set(rows) == EVERY
+    order = list(RELEASES)
+    for name, (_, bit, releases, flags, *_, state) in rows.items():
+        in_force = {
+            release: set(requests[bit]["flags"])
+            for release, requests in RELEASES.items()
+            if requests.get(bit, {}).get("name") == f"KVM_REQ_{name.upper()}"
+        }
+        first, last = min(in_force, key=order.index), max(in_force, key=order.index)
+        assert list(in_force) == order[order.index(first) : order.index(last) + 1]
+        since, until = first != order[0], last != order[-1]
+        words = {(False, False): "all", (True, False): f"from {first}", (False, True): f"to {last}"}
+        assert releases == words[since, until], name
+        last_flags = {word.partition(" from ")[0] for word in flags.split(", ") if word}
+        assert last_flags == in_force[last], name
+        assert state.startswith("yes" if name in STATE else "no:"), name
+
+
+def test_the_page_has_the_state_of_each_request_that_carries_some() -> None:
+    """One row for each, no more."""
+    assert [row[0] for row in page_rows("The requests that carry state")] == list(STATE)
+    told = {name.strip(): row[0] for row in page_rows("What is lost, and what is not") for name in row[1].split(",")}
+    words = {
+        "vcpu_events_flag": "a flag of the payload",
+        "vcpu_events": "always in the payload",
+        "nothing": "in nothing",
+    }
+    assert {name: told[name] for name in STATE} == {name: words[state.carried_by] for name, state in STATE.items()}
 
 
 @pytest.mark.parametrize("word", ["no_such", "", "triplefault", "10", "bit_64", "bit_05"])
