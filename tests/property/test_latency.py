@@ -49,7 +49,7 @@ def lifecycle(drawn: Row) -> Row:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Return rows as lifecycles: of the columns that a latency needs, each in its type."""
-    columns = {name: dtype for name, dtype in {**LIFECYCLE, "raised_in": "str"}.items() if not rows or name in rows[0]}
+    columns = {name: dtype for name, dtype in LIFECYCLE.items() if not rows or name in rows[0]}
     return pd.DataFrame(
         {
             name: pd.Series([row[name] for row in rows], dtype="object" if dtype == "str" else dtype)
