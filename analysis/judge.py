@@ -12,6 +12,7 @@ import pandas as pd
 from analysis import verdicts
 from analysis.exposure import Exposure
 from analysis.lifecycle import Lifecycles, empty_lifecycles, empty_shutdowns
+from analysis.ordering import Ordered, Ordering
 from probes.schema import PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Kind
 from tracer.loss import Loss
 
@@ -54,6 +55,7 @@ class Judgement:
     left_out: list[str]
     clean: bool
     meta: Mapping[str, Any]
+    ordering: Ordered
 
     @property
     def summary(self) -> dict[str, int]:
@@ -75,12 +77,13 @@ def judge(recording: Source) -> Judgement:
     """Return the verdicts of a recording."""
     names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}
     core = Lifecycles(names, full=recording.meta.get("detail") == "full")
-    exposure = Exposure()
+    exposure, ordering = Exposure(), _ordering(recording.meta, names)
     lifecycles, shutdowns = [empty_lifecycles()], [empty_shutdowns()]
     loss, events = Loss(), 0
     for segment in recording.segments():
         if segment is None:
             core.interrupt()
+            ordering.interrupt()
             continue
         # Hooks that were missed in this segment concern what was pending in it, and nothing later.
         blind = segment.loss.blind > loss.blind
@@ -88,9 +91,12 @@ def judge(recording: Source) -> Judgement:
         events += len(segment.columns["kind"])
         finished = core.feed(segment.columns, blind=blind, loss=loss)
         exposure.feed(segment.columns)
+        ordering.feed(segment.columns, loss, finished.lifecycles)
         lifecycles.append(finished.lifecycles)
         shutdowns.append(finished.shutdowns)
-    lifecycles.append(core.finish(loss).lifecycles)
+    pending = core.finish(loss).lifecycles
+    ordered = ordering.finish(loss, pending)
+    lifecycles.append(pending)
     return Judgement(
         lifecycles=_joined(lifecycles),
         shutdowns=_joined(shutdowns),
@@ -100,7 +106,13 @@ def judge(recording: Source) -> Judgement:
         left_out=list(recording.left_out),
         clean=recording.clean,
         meta=recording.meta,
+        ordering=ordered,
     )
+
+
+def _ordering(meta: Mapping[str, Any], names: Mapping[int, str]) -> Ordering:
+    # Recordings of schema 1 have no flags, and detail boundary only.
+    return Ordering(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:

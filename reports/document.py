@@ -27,7 +27,8 @@ _RECORDING = (
 _LIFECYCLE = (
     "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
 )  # fmt: skip
-
+_RULE = ("rule", "title", "source", "checked", "broken", "undecided", "unchecked")
+_BREAK = ("rule", "vm", "pid", "vcpu", "request", "time_ns", "since_ns", "story")
 
 # Rows that are Python's objects at one time.
 _CHUNK = 10_000
@@ -90,6 +91,10 @@ def _members(judgement: Judgement) -> dict[str, Any]:
             {key: row[key] for key in ("vm", "pid", "vcpu", "time_ns", "source", "nested")}
             for row in each(judgement.shutdowns)
         ),
+        "ordering": {
+            "rules": [{key: row[key] for key in _RULE} for row in records(judgement.ordering.rules)],
+            "breaks": [{key: row[key] for key in _BREAK} for row in records(judgement.ordering.breaks)],
+        },
         "summary": {str(end): int(count) for end, count in judgement.summary.items()},
         "exit_status": int(judgement.exit_status),
     }

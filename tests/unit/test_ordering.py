@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.judge import judge
 from analysis.lifecycle import LIFECYCLE
 from analysis.ordering import BREAK, LATE_NS, RULE, RULES, Ordered, Ordering
 from probes.schema import EVENT, IN_GUEST_MODE, REQUEST_FLAGS, Kind
@@ -122,8 +124,8 @@ def judged(story: Story, *, plan: Sequence[Mapping[str, Any]] = PLAN, loss: Loss
 
 
 def counts(found: Ordered, rule: str) -> tuple[int, int, int]:
-    row = found.rules.set_index("rule").loc[rule]
     row = found.rules[found.rules["rule"] == rule].to_dict("records")[0]
+    return int(row["checked"]), int(row["broken"]), int(row["undecided"])
 
 
 # --- entered_with_request -------------------------------------------------------------------------------------------
@@ -480,3 +482,52 @@ def test_nothing_is_carried_of_vcpus_that_ended() -> None:
     assert rules.carried == 3
     rules.feed(batch([Event(story.now + 10, kind=Kind.VMM_EXIT, pid=50, arg=2)]))
     assert rules.carried == 0
+
+
+# --- a recording ----------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A recording that is never written: None stands for a segment that is missing."""
+
+    clean = True
+
+    def __init__(self, parts: Sequence[Sequence[Event] | None], detail: str = "full") -> None:
+        self.meta = {
+            "requests_by_bit": {str(bit): name for bit, name in NAMES.items()},
+            "requests_flags": {name: sorted(of) for name, of in FLAGS.items()},
+            "plan": PLAN,
+            "detail": detail,
+        }
+        self.parts = parts
+        self.left_out: list[str] = []
+
+    def segments(self) -> Iterator[Any]:
+        for part in self.parts:
+            yield None if part is None else SimpleNamespace(columns=batch(part), loss=Loss())
+
+
+def test_a_judged_recording_says_how_the_rules_were_kept() -> None:
+    story = Story().shows_kicks().entry().exit(MMU_SYNC).entry(MMU_SYNC).exit(NMI)
+    told = len(story.events)
+    story.later()
+    parts = [story.events[:5], story.events[5:told], story.events[told:]]
+    found = judge(Recorded(parts)).ordering
+    assert counts(found, "entered_with_request") == (3, 1, 0)
+    assert counts(found, "raise_without_kick") == (1, 1, 0)
+    holed = judge(Recorded([*parts[:2], None, parts[2]])).ordering
+    assert counts(holed, "raise_without_kick") == (1, 0, 1)
+
+
+def test_a_recording_in_detail_boundary_says_why_nothing_was_checked() -> None:
+    found = judge(Recorded([Story().events], detail="boundary")).ordering
+    assert set(found.rules["unchecked"]) == {"recorded with detail boundary"}
+
+
+def test_a_starved_request_is_found_in_the_lifecycles_of_its_batch() -> None:
+    story = Story().entry().kick(NMI).exit(NMI)
+    story.now += 2 * LATE_NS
+    story.own(1, Kind.WAKEUP, NMI, detail=0).entry().exit().later()
+    found = judge(Recorded([story.events[:6], story.events[6:]])).ordering
+    assert counts(found, "starved") == (1, 1, 0)
+    assert found.breaks["story"].str.contains("raised in guest").all()

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.ordering import RULES, Ordered, Ordering
+from probes.schema import EVENT, Kind
 from reports import advice, document, figures, html, judged, table, text, words
 from tracer.errors import BadRecording
 from tracer.loss import Loss, VcpuLoss
@@ -108,6 +110,24 @@ META: Mapping[str, Any] = {
 }
 
 
+def ordered() -> Ordered:
+    """Return what the rules of ordering say of a vCPU that entered the guest with a request pending."""
+    rules = Ordering({11: "mmu_sync"}, {}, (), "full")
+    for seq, (kind, before, word) in enumerate(
+        ((Kind.VCPU_NEW, 0, 0), (Kind.RUN_ENTER, 0, 1), (Kind.GUEST_ENTRY, 1, 1)), start=1
+    ):
+        rules.feed(
+            {
+                name: np.array([value], EVENT[name])
+                for name, value in {
+                    **dict.fromkeys(EVENT.names or (), 0), "time_ns": START_NS + seq, "since_ns": START_NS + seq - 1,
+                    "requests": word << 11, "before": before << 11, "vcpu": 1, "seq": seq, "pid": 4711, "kind": kind,
+                }.items()
+            }
+        )  # fmt: skip
+    return rules.finish()
+
+
 @dataclass
 class Judged:
     """What analysis.judge.Judgement gives, written by hand."""
@@ -122,6 +142,7 @@ class Judged:
     left_out: list[str] = field(default_factory=list)
     clean: bool = True
     meta: Mapping[str, Any] = field(default_factory=lambda: META)
+    ordering: Ordered = field(default_factory=ordered)
 
 
 def frame(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -328,6 +349,13 @@ def test_the_document_has_every_key_of_the_contract_and_json_types() -> None:
     for row in whole["shutdowns"]:
         assert {"vm", "pid", "vcpu", "time_ns", "source"} <= row.keys()
     assert whole["summary"]["delivered"] == 2
+    assert [row["rule"] for row in whole["ordering"]["rules"]] == list(RULES)
+    for row in whole["ordering"]["rules"]:
+        assert all(type(row[name]) is int for name in ("checked", "broken", "undecided"))
+        assert type(row["unchecked"]) is str
+    assert [(row["rule"], row["request"], row["pid"]) for row in whole["ordering"]["breaks"]] == [
+        ("entered_with_request", "mmu_sync", 4711)
+    ]
 
 
 def test_one_lifecycle_is_the_same_in_the_document_and_in_the_stream() -> None:
