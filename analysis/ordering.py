@@ -194,12 +194,13 @@ class _Stay(NamedTuple):
 
 
 class _Asking(NamedTuple):
-    """A requester that has not returned."""
+    """What a thread last asked vCPUs for, and whether it has not returned from that."""
 
     begin_ns: int
     vm: int
     bit: int
     everyone: bool
+    going: bool
 
 
 # What is carried over of a vCPU that is alive.
@@ -609,15 +610,15 @@ class Ordering:
     def _everyone(self, batch: _Batch, rows: _Rows) -> Array:
         """Tell of each IN_GUEST_STILL whether its requester had asked every vCPU: its REQUEST_ALL came before it."""
         asks = batch.asks[batch.kind[batch.asks] == Kind.REQUEST_ALL]
-        tids, begun = column(batch.events, "tid")[asks], batch.time_ns[asks]
-        by = {
-            (int(tid), int(time)): bool(every)
-            for tid, time, every in zip(tids, begun, batch.requests[asks] == _EVERY_VCPU, strict=True)
-        }
-        by |= {(tid, ask.begin_ns): ask.everyone for tid, ask in self._asking.items()}
-        return np.array(
-            [by.get(key, False) for key in zip(rows.tid.tolist(), rows.since_ns.tolist(), strict=True)], bool
-        )
+        last = _last_before(column(batch.events, "tid")[asks], asks, rows.tid, rows.position)
+        begun = np.where(last >= 0, batch.time_ns[last], -1)
+        everyone = batch.requests[last] == _EVERY_VCPU
+        for index in np.flatnonzero(last < 0).tolist():
+            ask = self._asking.get(int(rows.tid[index]))
+            if ask is not None:
+                begun[index], everyone[index] = ask.begin_ns, ask.everyone
+        told: Array = everyone & (begun == rows.since_ns)
+        return told
 
     # --- cases that a kick explains -------------------------------------------------------------------------------
 
@@ -637,7 +638,7 @@ class Ordering:
     def _judge(self, batch: _Batch, key: tuple[str, int, int], case: _Case) -> int:
         """Decide a case, or leave it open. Return the row of the batch until which it was open."""
         one = case.found
-        due = int(np.searchsorted(batch.tops, one.time_ns + LATE_NS, side="right"))
+        due = max(int(np.searchsorted(batch.tops, one.time_ns + LATE_NS, side="right")), case.position)
         over = min(due, batch.end_of(one.vcpu_number, one.pid, case.position))
         explained = self._explains(batch, one, case.position, over)
         if explained is not None:
@@ -683,7 +684,7 @@ class Ordering:
             *(
                 ask.begin_ns
                 for tid, ask in self._asking.items()
-                if tid not in threads and (ask.vm, ask.bit) == (one.vm, bit)
+                if ask.going and tid not in threads and (ask.vm, ask.bit) == (one.vm, bit)
             ),
         ]
         return over if any(begin_ns > one.time_ns + LATE_NS - _GONE_NS for begin_ns in since_begun) else None
@@ -694,7 +695,7 @@ class Ordering:
         """Look at lifecycles. The vCPU sleeps only inside KVM_RUN, and each of its sleeps ends with a WAKEUP."""
         if "starved" in self.unchecked or not len(lifecycles):
             return
-        accused = np.isin(lifecycles["request"].to_numpy(object), [*OWN, *KICKED])
+        accused = lifecycles["request"].isin(OWN | KICKED).to_numpy(bool)
         self._checked["starved"] += int(accused.sum())
         raised, after = (lifecycles[name].to_numpy(np.int64) for name in ("raised_ns", "ended_after_ns"))
         long = accused & (after - raised > self._bound_ns) & (lifecycles["userspace_exits"].to_numpy() == 0)
@@ -773,17 +774,20 @@ class Ordering:
             seen |= (1 << (key & 0xFF)) & int(self._kicked)
         self._shown |= seen
         if len(asks):
-            threads, last = np.unique(column(batch.events, "tid")[asks][::-1], return_index=True)
+            tids, begins = column(batch.events, "tid")[asks], batch.kind[asks] == Kind.REQUEST_ALL
             everyone = batch.requests[asks] == _EVERY_VCPU
-            for tid, at in zip(threads.tolist(), (len(asks) - 1 - last).tolist(), strict=True):
-                self._asking.pop(tid, None)
-                if batch.kind[asks[at]] == Kind.REQUEST_ALL:
-                    self._asking[tid] = _Asking(
-                        int(batch.time_ns[asks[at]]),
-                        int(batch.asked_vms[at]),
-                        int(batch.asked_bits[at]),
-                        bool(everyone[at]),
-                    )
+            for at in _last_of(tids, begins):
+                self._asking[int(tids[at])] = _Asking(
+                    int(batch.time_ns[asks[at]]),
+                    int(batch.asked_vms[at]),
+                    int(batch.asked_bits[at]),
+                    bool(everyone[at]),
+                    True,
+                )
+            for at in _last_of(tids, np.ones(len(asks), bool)):
+                ask = self._asking.get(int(tids[at]))
+                if ask is not None and not begins[at]:
+                    self._asking[int(tids[at])] = ask._replace(going=False)
         if self._asking:
             old = batch.top_ns - _GONE_NS
             self._asking = {tid: ask for tid, ask in self._asking.items() if ask.begin_ns > old}
@@ -934,6 +938,14 @@ def _last_before(keys: Array, rows: Array, wanted: Array, before: Array) -> Arra
         return np.full(len(wanted), -1)
     last = order[np.maximum(slot, 0)]
     return np.where((slot >= 0) & (keys[last] == wanted), rows[last], -1)
+
+
+def _last_of(keys: Array, which: Array) -> list[int]:
+    """Return where each key stands last, of the chosen ones."""
+    chosen = np.flatnonzero(which)[::-1]
+    _, first = np.unique(keys[chosen], return_index=True)
+    places: list[int] = chosen[first].tolist()
+    return places
 
 
 def _latest(keys: Array, times: Array) -> Iterable[tuple[int, int]]:
