@@ -35,7 +35,7 @@ INSIDE = (Kind.RUN_ENTER, Kind.GUEST_EXIT, Kind.WAKEUP, Kind.SITE)
 WORDS = (0, 0, 1 << 10, 1 << 11, 1 << 14, 1 << 17, 1 << 23, 1 << 17 | 1 << 11, 1 << 27 | 1 << 17, 1 << 10 | 1 << 11)
 
 THOROUGH = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-STEPS = st.lists(st.tuples(st.integers(0, 17), st.integers(0, 2), st.integers(0, 255)), max_size=60)
+STEPS = st.lists(st.tuples(st.integers(0, 17), st.integers(0, 2), st.integers(0, 255)), min_size=20, max_size=60)
 CUTS = st.lists(st.integers(0, 100), max_size=10)
 SWAPS = st.lists(st.integers(0, 80), max_size=8)
 DROPPED = st.sets(st.integers(0, 80), max_size=4)
@@ -263,7 +263,7 @@ class Oracle:
                 going.pop(one.tid, None)
         if over < len(events) and any((one.detail, one.arg & 0xFF) == (vm, bit) for one in going.values()):
             return max(over, place + 1)
-        if over == len(events) or over == end or not named:
+        if over == len(events) or end < due or not named:
             self.undecided[rule] += 1
         else:
             self.broken.append((rule, event.vcpu, bit, event.time_ns, event.since_ns))
