@@ -91,6 +91,7 @@ REQUEST_FLAGS = {"NO_WAKEUP": 1 << 8, "WAIT": 1 << 9, "NO_ACTION": 1 << 10}
 
 # enum of vcpu->mode (include/linux/kvm_host.h), as the kernel numbers it.
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
+MODES = ("OUTSIDE_GUEST_MODE", "IN_GUEST_MODE", "EXITING_GUEST_MODE", "READING_SHADOW_PAGE_TABLES")
 
 
 class Flag(IntFlag):

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from probes.exits import Names
 from probes.requests import bit_name
-from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, End, Flag, Kind, Site
+from probes.schema import MODES, PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_FLAGS, REQUEST_MASK, End, Flag, Kind, Site
 from probes.uapi import exit_reason, ioctl
 
 Array = npt.NDArray[Any]
@@ -26,17 +27,18 @@ Array = npt.NDArray[Any]
 COLUMNS: Mapping[str, str] = {
     "time_ns": "CLOCK_MONOTONIC at the hook",
     "utc_ns": "the same moment in UTC, in ns since 1970, by the recording's pair of clocks",
-    "since_ns": "CLOCK_MONOTONIC when this vCPU's word was last read before; 0 if it never was",
+    "since_ns": "CLOCK_MONOTONIC when this vCPU's word was last read before, 0 if it never was; when its requester"
+    " began (request_all_end, in_guest_still)",
     "vcpu": "number of the vCPU in the recording; 0: the event concerns a whole VM or VMM",
-    "seq": "number of this event among those of its vCPU",
+    "seq": "number of this event among those of its vCPU; 0: no reading of the vCPU's own",
     "pid": "process that owns the VM",
     "tid": "thread that ran the hook",
     "cpu": "host CPU that ran the hook",
     "kind": "what was hooked: the name of a schema.Kind in lower case",
     "requests": "the requests that are pending, by name (bit_N: one that the recording does not name)",
-    "before": "those that were pending at since_ns",
+    "before": "those that were pending at since_ns (neither in request_all nor in request_all_end)",
     "flags": "what holds: created, nested, cap, cap_exists, sync",
-    "vm": "number of the VM (vcpu_new, vm_cap)",
+    "vm": "number of the VM (vcpu_new, vm_cap, request_all, request_all_end)",
     "vcpu_id": "KVM's own number of the vCPU (vcpu_new)",
     "cap": "whether KVM_CAP_X86_TRIPLE_FAULT_EVENT is on (vm_cap): 0 or 1",
     "ioctl": "the ioctl's name without KVM_",
@@ -45,11 +47,20 @@ COLUMNS: Mapping[str, str] = {
     "payload_pending": "triple_fault.pending (save, restore): 0 or 1",
     "exit_reason": "why KVM_RUN returned, without KVM_EXIT_ (run_exit)",
     "hardware_exit": "the hardware's own exit reason (guest_exit)",
+    "hardware_exit_name": "what the kernel that was recorded calls it; empty if it does not",
     "site": "which function of KVM was hooked: the name of a schema.Site in lower case (site)",
     "end": "how it ended: the name of a schema.End in lower case (vcpu_end, vmm_exit)",
+    "blocked_ns": "for how long the vCPU had nothing to run (wakeup)",
+    "slept": "whether it slept, and did not only poll (wakeup): 0 or 1",
+    "mode": "vcpu->mode as that thread saw it, in lower case (kick, in_guest_still)",
+    "request": "the request that several vCPUs get (request_all, request_all_end, in_guest_still)",
+    "request_flags": "what KVM was told of it: no_wakeup, wait, no_action (the same kinds)",
+    "targets": "the vCPUs that get it, by KVM's index and as far as 63, or all (request_all, request_all_end)",
 }
-_LISTS = ("requests", "before", "flags")
+_LISTS = ("requests", "before", "flags", "request_flags", "targets")
 
+# A mask of vCPUs that stands for every one.
+_ALL = (1 << 64) - 1
 # Events that are text at one time.
 _CHUNK = 1 << 17
 
@@ -63,26 +74,33 @@ class _Column(NamedTuple):
     known: Array | None = None
 
 
-def csv(batches: Iterable[Array], names: Mapping[int, str], offset_ns: int) -> Iterator[memoryview]:
-    """Yield the events as CSV with a heading. ``names``: the requests by bit; ``offset_ns``: from monotonic to UTC."""
+def csv(
+    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None = None
+) -> Iterator[memoryview]:
+    """Yield the events as CSV with a heading.
+
+    ``names``: the requests by bit; ``offset_ns``: from monotonic to UTC; ``exits``: names of the hardware's reasons.
+    """
     yield memoryview((",".join(COLUMNS) + "\n").encode())
 
     def cell(column: _Column) -> Any:
-        return _strings(column, lambda word: "|".join(word) if column.name in _LISTS else str(word))
+        return _strings(column, lambda word: "|".join(map(str, word)) if column.name in _LISTS else str(word))
 
-    for columns, _ in _decoded(batches, names, offset_ns):
+    for columns, _ in _decoded(batches, names, offset_ns, exits):
         yield _lines([cell(column) for column in columns], ",")
 
 
-def jsonl(batches: Iterable[Array], names: Mapping[int, str], offset_ns: int) -> Iterator[memoryview]:
-    """Yield the events as one JSON object a line. ``names``, ``offset_ns``: as for :func:`csv`."""
+def jsonl(
+    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None = None
+) -> Iterator[memoryview]:
+    """Yield the events as one JSON object a line. ``names``, ``offset_ns``, ``exits``: as for :func:`csv`."""
 
     def member(column: _Column) -> Any:
         key = f"{json.dumps(column.name)}: "
         comma = "{" if column.name == "time_ns" else ", "
         return _joined(pa.scalar(comma + key), _strings(column, json.dumps), pa.scalar(""))
 
-    for columns, count in _decoded(batches, names, offset_ns):
+    for columns, count in _decoded(batches, names, offset_ns, exits):
         yield _lines([*map(member, columns), pa.repeat("}", count)], "")
 
 
@@ -111,14 +129,16 @@ def _lines(cells: list[Any], separator: str) -> memoryview:
     return memoryview(data)[int(ends[0]) : int(ends[len(lines)])]
 
 
-def _decoded(batches: Iterable[Array], names: Mapping[int, str], offset_ns: int) -> Iterator[tuple[list[_Column], int]]:
+def _decoded(
+    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None
+) -> Iterator[tuple[list[_Column], int]]:
     for batch in batches:
         for start in range(0, len(batch), _CHUNK):
             part = batch[start : start + _CHUNK]
-            yield _columns(part, names, offset_ns), len(part)
+            yield _columns(part, names, offset_ns, exits or Names()), len(part)
 
 
-def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_Column]:
+def _columns(events: Array, names: Mapping[int, str], offset_ns: int, exits: Names) -> list[_Column]:
     kind, arg, detail = events["kind"], events["arg"], events["detail"]
     low = arg & np.uint64(0xFFFFFFFF)
     result = (arg >> np.uint64(32)).astype("u4").view("i4")
@@ -130,9 +150,24 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_C
         distinct, places = np.unique(values, return_inverse=True)
         return _Column(name, places, [word(int(value)) for value in distinct], known)
 
-    def requests_of(word: int) -> list[str]:
-        return [clean(names.get(bit, bit_name(bit))) for bit in range(64) if word >> bit & 1]
+    def request(bit: int) -> str:
+        return clean(names.get(bit, bit_name(bit)))
 
+    def requests_of(word: int) -> list[str]:
+        return [request(bit) for bit in range(64) if word >> bit & 1]
+
+    def exit_name(value: int) -> str | None:
+        name = exits.name(value & 0xFFFFFFFF, value >> 32)
+        return None if name.startswith("0x") else clean(name)
+
+    to_all = among(Kind.REQUEST_ALL, Kind.REQUEST_ALL_END)
+    of_one = to_all | among(Kind.IN_GUEST_STILL)
+    told = np.where(of_one, arg, np.uint64(0))
+    # What the hardware said, and in which instruction set, as one number.
+    left = np.where(among(Kind.GUEST_EXIT), low | detail.astype("u8") << np.uint64(32), np.uint64(0))
+    distinct, places = np.unique(left, return_inverse=True)
+    exit_names = [exit_name(int(value)) for value in distinct]
+    unnamed = np.array([name is None for name in exit_names], bool)[places]
     payload = among(Kind.SAVE, Kind.RESTORE)
     returned = payload | among(Kind.IOCTL_EXIT)
     with_ioctl = returned | among(Kind.IOCTL_ENTER, Kind.RUN_ENTER) | (among(Kind.RESET) & (arg != 0))
@@ -141,10 +176,10 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_C
         _Column("utc_ns", events["time_ns"].astype("i8") + offset_ns),
         *(_Column(name, events[name]) for name in ("since_ns", "vcpu", "seq", "pid", "tid", "cpu")),
         named("kind", kind, lambda value: _member(Kind, value)),
-        named("requests", events["requests"], requests_of),
-        named("before", events["before"], requests_of),
+        named("requests", events["requests"], requests_of, ~to_all),
+        named("before", events["before"], requests_of, ~to_all),
         named("flags", events["flags"], _flags),
-        _Column("vm", detail, known=among(Kind.VCPU_NEW, Kind.VM_CAP)),
+        _Column("vm", detail, known=to_all | among(Kind.VCPU_NEW, Kind.VM_CAP)),
         _Column("vcpu_id", arg, known=among(Kind.VCPU_NEW)),
         _Column("cap", arg, known=among(Kind.VM_CAP)),
         named("ioctl", low, ioctl, with_ioctl),
@@ -153,8 +188,15 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_C
         _Column("payload_pending", ((detail & np.uint32(PAYLOAD_PENDING)) != 0).astype("u1"), known=payload),
         named("exit_reason", low, exit_reason, among(Kind.RUN_EXIT)),
         _Column("hardware_exit", arg, known=among(Kind.GUEST_EXIT)),
+        _Column("hardware_exit_name", places, exit_names, among(Kind.GUEST_EXIT) & ~unnamed),
         named("site", low, lambda value: _member(Site, value), among(Kind.SITE)),
         named("end", low, lambda value: _member(End, value), among(Kind.VCPU_END, Kind.VMM_EXIT)),
+        _Column("blocked_ns", arg, known=among(Kind.WAKEUP)),
+        _Column("slept", (detail != 0).astype("u1"), known=among(Kind.WAKEUP)),
+        named("mode", detail, mode, among(Kind.KICK, Kind.IN_GUEST_STILL)),
+        named("request", told & np.uint64(REQUEST_MASK), request, of_one),
+        named("request_flags", told & ~np.uint64(REQUEST_MASK), request_flags, of_one),
+        named("targets", np.where(to_all, events["requests"], np.uint64(0)), targets, to_all),
     ]
     assert [column.name for column in columns] == list(COLUMNS)
     return columns
@@ -163,6 +205,21 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int) -> list[_C
 def clean(name: str) -> str:
     """Return a name from a recording as a word that needs no quotes anywhere."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def mode(value: int) -> str:
+    """Return KVM's name of a vcpu->mode, in lower case."""
+    return MODES[value].lower() if value < len(MODES) else str(value)
+
+
+def request_flags(arg: int) -> list[str]:
+    """Return the flags of a request as KVM was told it, in lower case."""
+    return [name.lower() for name, bit in REQUEST_FLAGS.items() if arg & bit]
+
+
+def targets(mask: int) -> list[int | str]:
+    """Return the vCPUs of a mask by their index, or that it is all of them."""
+    return ["all"] if mask == _ALL else [index for index in range(64) if mask >> index & 1]
 
 
 def _member(enum: Any, value: int) -> str:

@@ -38,6 +38,10 @@ META: dict[str, Any] = {
     "plan": [],
     "guests": {},
     "ended_ns": None,
+    "formats": {
+        "kvm_exit": '(REC->isa == 1) ? __print_symbolic(REC->exit_reason, { 48, "EPT_VIOLATION" })'
+        ' : __print_symbolic(REC->exit_reason, { 0x400, "npf" })'
+    },
 }
 LOSS = Loss(ring_full=5, missed=2, vcpus={1: VcpuLoss(5, 10, 20)})
 GET_EVENTS, EINTR = 0x8040AE9F, (2**32 - 4) << 32
@@ -62,6 +66,19 @@ MEANT: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"kind": Kind.SITE, "arg": Site.RSM, "flags": Flag.NESTED}, {"site": "rsm", "flags": ["nested"]}),
     ({"kind": Kind.GUEST_ENTRY}, {}),
     ({"kind": Kind.GUEST_EXIT, "arg": 48}, {"hardware_exit": 48}),
+    ({"kind": Kind.GUEST_EXIT, "arg": 48, "detail": 1}, {"hardware_exit": 48, "hardware_exit_name": "EPT_VIOLATION"}),
+    ({"kind": Kind.GUEST_EXIT, "arg": 48, "detail": 2}, {"hardware_exit": 48}),
+    ({"kind": Kind.GUEST_EXIT, "arg": 0x400, "detail": 2}, {"hardware_exit": 0x400, "hardware_exit_name": "npf"}),
+    ({"kind": Kind.WAKEUP, "arg": 2_300, "detail": 1}, {"blocked_ns": 2_300, "slept": 1}),
+    ({"kind": Kind.KICK, "seq": 0, "detail": 1, "requests": 1 << 10, "before": 1 << 10},
+     {"mode": "in_guest_mode", "requests": ["triple_fault"], "before": ["triple_fault"]}),
+    ({"kind": Kind.KICK, "seq": 0, "detail": 9}, {"mode": "9"}),
+    ({"kind": Kind.REQUEST_ALL, "vcpu": 0, "seq": 0, "arg": 17 | 1 << 9, "detail": 7, "requests": 2**64 - 1},
+     {"vm": 7, "request": "nmi__", "request_flags": ["wait"], "targets": ["all"]}),
+    ({"kind": Kind.REQUEST_ALL_END, "vcpu": 0, "seq": 0, "arg": 9 | 1 << 8 | 1 << 10, "detail": 7, "requests": 5},
+     {"vm": 7, "request": "bit_9", "request_flags": ["no_wakeup", "no_action"], "targets": [0, 2]}),
+    ({"kind": Kind.IN_GUEST_STILL, "seq": 0, "arg": 17 | 1 << 9, "detail": 2, "requests": 1 << 17},
+     {"request": "nmi__", "request_flags": ["wait"], "mode": "exiting_guest_mode", "requests": ["nmi__"]}),
 ]  # fmt: skip
 
 
@@ -113,8 +130,11 @@ def expected() -> list[dict[str, Any]]:
     for event, (values, meant) in zip(some(), MEANT, strict=True):
         common = {name: int(event[name]) for name in ("time_ns", "since_ns", "vcpu", "seq", "pid", "tid", "cpu")}
         common["utc_ns"] = common["time_ns"] - 1_000 + 1_795_000_000_000_000_000
-        kind = Kind(values["kind"]).name.lower()
-        rows.append({**common, "kind": kind, "requests": [], "before": [], "flags": [], **meant})
+        kind = Kind(values["kind"])
+        words: dict[str, Any] = {"requests": [], "before": []}
+        if kind in (Kind.REQUEST_ALL, Kind.REQUEST_ALL_END):
+            words = {}  # `requests` holds vCPUs there
+        rows.append({**common, "kind": kind.name.lower(), **words, "flags": [], **meant})
     return rows
 
 
@@ -139,7 +159,7 @@ def test_csv_has_a_line_for_each_event(recorded: Path, capfd: pytest.CaptureFixt
     read = list(csv.DictReader(io.StringIO(out)))
     assert list(read[0]) == list(lines.COLUMNS)
     words = [
-        {name: "|".join(value) if isinstance(value, list) else str(value) for name, value in row.items()}
+        {name: "|".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in row.items()}
         for row in expected()
     ]
     assert read == [dict.fromkeys(lines.COLUMNS, "") | row for row in words]
@@ -182,7 +202,7 @@ def test_parquet_is_written_in_groups(recorded: Path, tmp_path: Path, monkeypatc
         export.export(Recording.open(recorded), "parquet", out)
     with pq.ParquetFile(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        assert sizes == [10, 1, 4]
+        assert sizes == [10, 1, 10, 3]
         assert (from_arrow(file.read()) == some()).all()
 
 
