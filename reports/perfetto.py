@@ -3,7 +3,8 @@
 Times are CLOCK_MONOTONIC in ns; a clock snapshot pairs them with UTC. A period (KVM_RUN, ioctl, user space) is drawn
 only where two events that follow each other prove it: in detail full that is nearly everywhere, in detail boundary
 nearly nowhere. A request is drawn as long as it was certainly pending, from the first event that saw it to the last;
-its arguments hold the bounds. Messages and fields: protos/perfetto/trace/trace_packet.proto and what that includes.
+its arguments hold the bounds. What other threads do to a vCPU is an instant: no reading of the vCPU's own, it changes
+no period. Messages and fields: protos/perfetto/trace/trace_packet.proto and what that includes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import pandas as pd
 from analysis.lifecycle import Lifecycles
 from analysis.rows import find
 from probes.requests import TRIPLE_FAULT
-from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind
+from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_MASK, VALID_TRIPLE_FAULT, End, Flag, Kind
 from probes.uapi import ioctl
 from reports import protobuf as pb
+from reports.events import mode, request_flags, targets
+from reports.export import hardware_exits
 from reports.judged import requests_watched
 from reports.words import guest, shown
 from tracer.loss import Loss
@@ -40,11 +43,12 @@ _BEGIN, _END, _INSTANT = 1, 2, 3
 # TrackDescriptor: children in the order of sibling_order_rank; and guests of the same name are not one track.
 _EXPLICIT, _NEVER_MERGED = 3, 2
 
-#: What the track of a vCPU's marks is called.
+#: What the track of a vCPU's marks is called, and that of a VM's requests to several vCPUs at once.
 MARKS = "saves, resets and shutdowns"
+TO_ALL = "requests to several vCPUs"
 
 # The number of a track: what it is for, and of which request, above the number of the VM or vCPU.
-_ROOT, _LOSSES, _VM, _LOST_VM, _VCPU, _MARKS, _REQUEST = range(1, 8)
+_ROOT, _LOSSES, _VM, _LOST_VM, _VCPU, _MARKS, _REQUEST, _TO_ALL = range(1, 9)
 _UUID_MOST = (1 << 42) - 1
 _IID_MOST = (1 << 21) - 1
 # Strings that the reader is asked to remember; then it is told to forget them all.
@@ -125,6 +129,8 @@ class _Trace:
         self._strings = _Strings()
         self._core = Lifecycles({int(bit): name for bit, name in meta["requests_by_bit"].items()})
         self._bits = {str(name): int(bit) for bit, name in meta["requests_by_bit"].items()}
+        self._names = {bit: shown(str(name)) for name, bit in self._bits.items()}
+        self._exits = hardware_exits(meta)
         self._periods = _Periods()
         self._loss = Loss()
         self._until_ns = int(meta["started_ns"])
@@ -159,7 +165,7 @@ class _Trace:
         yield from self._vcpus(events)
         for start in range(0, len(events), _CHUNK):
             chunk = events[start : start + _CHUNK]
-            yield from self._emit([self._drawn(self._periods.feed(chunk)), *self._marks(chunk)])
+            yield from self._emit([self._drawn(self._periods.feed(chunk)), *self._marks(chunk), *self._remote(chunk)])
         yield from self._lifecycles(finished.lifecycles)
         yield from self._emit([*self._shutdowns(finished.shutdowns), *self._losses(loss, until_ns)])
         self._loss = loss
@@ -223,6 +229,14 @@ class _Trace:
                 parts.append(self._track(_uuid(_MARKS, number), MARKS, parent=uuid, rank=99))
         return parts
 
+    def _vms(self, events: Array) -> list[bytes]:
+        vms, first = np.unique(events["detail"], return_index=True)
+        parts = []
+        for vm, pid in zip(vms.tolist(), events["pid"][first].tolist(), strict=True):
+            parts.append(self._vm(vm, pid))
+            parts.append(self._track(_uuid(_TO_ALL, vm), TO_ALL, parent=_uuid(_VM, vm), rank=_RANK_MOST))
+        return parts
+
     # --- events ---------------------------------------------------------------------------------------------
 
     def _events(
@@ -281,7 +295,14 @@ class _Trace:
         iids = np.array([0, *(self._strings.iid("event", name) for name in _PERIODS[1:])])
         track = _uuid(_VCPU, edges.vcpu.astype("i8"))
         kind = np.where(edges.begins, _BEGIN, _END)
-        return self._events(kind, track, iids[edges.period], "period", edges.time_ns, named=edges.begins)
+        left = edges.begins & (edges.period == _IN_KERNEL) & (edges.left >= 0)
+        known = np.unique(edges.left[left])
+        reasons = np.array([shown(self._exits.name(each & 0xFFFFFFFF, each >> 32)) for each in known.tolist()], object)
+        arguments = {}
+        if len(known):
+            place = np.minimum(np.searchsorted(known, edges.left), len(known) - 1)
+            arguments["exit_reason"] = (reasons[place], left)
+        return self._events(kind, track, iids[edges.period], "period", edges.time_ns, arguments, named=edges.begins)
 
     def _requests(self, lifecycles: pd.DataFrame) -> list[bytes]:
         if lifecycles.empty:
@@ -367,6 +388,56 @@ class _Trace:
         parts.append(self._mark("vCPU ends", telling[end], {"how": np.array(how, object)}))
         return parts
 
+    def _remote(self, events: Array) -> list[bytes]:
+        """Return what other threads did to vCPUs: instants on the vCPU's own track, or on one of its VM."""
+        kick, still, begin, end = (
+            events[events["kind"] == kind]
+            for kind in (Kind.KICK, Kind.IN_GUEST_STILL, Kind.REQUEST_ALL, Kind.REQUEST_ALL_END)
+        )
+
+        def words(values: Array, word: Any) -> Array:
+            distinct, place = np.unique(values, return_inverse=True)
+            return np.array([word(int(value)) for value in distinct], object)[place]
+
+        def pending(word: int) -> str:
+            return ", ".join(self._request(bit) for bit in range(64) if word >> bit & 1) or "none"
+
+        def request(rows: Array) -> Array:
+            return words(rows["arg"] & np.uint64(REQUEST_MASK), self._request)
+
+        def by(rows: Array) -> dict[str, Any]:
+            return {"tid": rows["tid"], "cpu": rows["cpu"]}
+
+        def seen(rows: Array) -> dict[str, Any]:
+            return {"mode": words(rows["detail"], mode), "requests": words(rows["requests"], pending), **by(rows)}
+
+        def told(rows: Array) -> dict[str, Any]:
+            flags = words(rows["arg"], lambda arg: ", ".join(request_flags(arg)) or "none")
+            vcpus = words(rows["requests"], lambda mask: ", ".join(map(str, targets(mask))) or "none")
+            return {"request": request(rows), "flags": flags, "vcpus": vcpus, **by(rows)}
+
+        def began(rows: Array) -> dict[str, Any]:
+            since_ns, time_ns = rows["since_ns"], rows["time_ns"]
+            return {"since_ns": since_ns, "took_ns": time_ns - np.minimum(since_ns, time_ns)}
+
+        parts = [*self._vms(begin), *self._vms(end)]
+        for name, rows, track, arguments in (
+            ("kick", kick, _uuid(_VCPU, kick["vcpu"].astype("i8")), seen(kick)),
+            (
+                "in guest mode still",
+                still,
+                _uuid(_VCPU, still["vcpu"].astype("i8")),
+                {"request": request(still), **seen(still), **began(still)},
+            ),
+            ("request to several vCPUs", begin, _uuid(_TO_ALL, begin["detail"].astype("i8")), told(begin)),
+            ("it returned", end, _uuid(_TO_ALL, end["detail"].astype("i8")), {**told(end), **began(end)}),
+        ):
+            parts.append(self._events(_INSTANT, track, name, "kick", rows["time_ns"], arguments))
+        return parts
+
+    def _request(self, bit: int) -> str:
+        return self._names.get(bit, f"bit_{bit}")
+
     def _mark(self, name: str, rows: Array, arguments: Mapping[str, Any]) -> bytes:
         return self._events(
             _INSTANT, _uuid(_MARKS, rows["vcpu"].astype("i8")), name, "mark", rows["time_ns"], arguments
@@ -402,8 +473,11 @@ class _Trace:
 # --- periods --------------------------------------------------------------------------------------------------
 
 # What a vCPU can be doing, as a set: between two events it is what both of them allow.
-_USER, _IOCTL, _KERNEL, _GUEST = 1, 2, 4, 8
-_RUN, _ANY = _KERNEL | _GUEST, 15
+_USER, _IOCTL, _KERNEL, _GUEST, _HALTED = 1, 2, 4, 8, 16
+_RUN, _ANY = _KERNEL | _GUEST, 31
+
+# Not an event: the moment at which a vCPU that slept began to, as its WAKEUP tells.
+_SLEEPS = 255
 
 # By kind: what it can have been doing before such an event, and after it. A kind that is not here tells nothing.
 _BEFORE = np.full(256, _ANY, "u1")
@@ -417,45 +491,65 @@ for _kind, _was, _is in (
     (Kind.RUN_EXIT, _RUN, _USER),
     (Kind.GUEST_ENTRY, _KERNEL, _GUEST),
     (Kind.GUEST_EXIT, _GUEST, _KERNEL),
+    # Where no hook tells of the guest's entry it can have been entered since, and before.
+    (_SLEEPS, _RUN, _HALTED),
+    (Kind.WAKEUP, _RUN | _HALTED, _RUN),
 ):
     _BEFORE[_kind], _AFTER[_kind] = _was, _is
 
 # A hook in KVM's own code, after the guest was entered: it has been left since, and when that was is not known.
-_LEFT = np.arange(16, dtype="u1")
+_LEFT = np.arange(32, dtype="u1")
 _LEFT[_GUEST] = _RUN
 
 # Periods by number, outer and inner ones. KVM_RUN is divided only where hooks of the guest's entry and exit prove it.
-_PERIODS = ("", "user space", "ioctl", "KVM_RUN", "kernel", "guest")
-_OUTER = np.zeros(16, "u1")
-_OUTER[[_USER, _IOCTL, _KERNEL, _GUEST, _RUN]] = [1, 2, 3, 3, 3]
-_INNER = np.zeros(16, "u1")
-_INNER[[_KERNEL, _GUEST]] = [4, 5]
+_PERIODS = ("", "user space", "ioctl", "KVM_RUN", "kernel", "guest", "halted")
+_IN_KERNEL = _PERIODS.index("kernel")
+_OUTER = np.zeros(32, "u1")
+_OUTER[[_USER, _IOCTL, _KERNEL, _GUEST, _RUN, _HALTED]] = [1, 2, 3, 3, 3, 3]
+_INNER = np.zeros(32, "u1")
+_INNER[[_KERNEL, _GUEST, _HALTED]] = [4, 5, 6]
 
 # What is carried over of a vCPU that is alive.
-_STATE = np.dtype([("vcpu", "u4"), ("pid", "u4"), ("time_ns", "i8"), ("after", "u1"), ("outer", "u1"), ("inner", "u1")])
+_STATE = np.dtype(
+    [
+        ("vcpu", "u4"),
+        ("pid", "u4"),
+        ("time_ns", "i8"),
+        ("after", "u1"),
+        ("outer", "u1"),
+        ("inner", "u1"),
+        ("left", "i8"),  # why the guest was left just now: isa << 32 | reason; -1: it was not
+    ]
+)
 
 
 class _Edges:
     """Beginnings and ends of periods; those of one vCPU are in the order in which they must be read."""
 
-    def __init__(self, vcpu: Array, time_ns: Array, begins: Array, period: Array) -> None:
-        self.vcpu, self.time_ns, self.begins, self.period = vcpu, time_ns, begins, period
+    def __init__(self, vcpu: Array, time_ns: Array, begins: Array, period: Array, left: Array) -> None:
+        self.vcpu, self.time_ns, self.begins, self.period, self.left = vcpu, time_ns, begins, period, left
 
     @classmethod
-    def between(cls, vcpu: Array, time_ns: Array, old: tuple[Array, Array], new: tuple[Array, Array]) -> _Edges:
-        """Return what ends and begins where the (outer, inner) periods change from old ones to new ones."""
+    def between(
+        cls, vcpu: Array, time_ns: Array, old: tuple[Array, Array], new: tuple[Array, Array], left: Array
+    ) -> _Edges:
+        """Return what ends and begins where the (outer, inner) periods change from old ones to new ones.
+
+        ``left``: why the guest was left there, or -1.
+        """
         changes = old[0] != new[0]
         inner = changes | (old[1] != new[1])
         period = np.stack((old[1], old[0], new[0], new[1]), axis=1)
         there = np.stack((inner, changes, changes, inner), axis=1) & (period != 0)
         row, place = np.nonzero(there)
-        return cls(vcpu[row], time_ns[row], place >= 2, period[there])
+        return cls(vcpu[row], time_ns[row], place >= 2, period[there], left[row])
 
     @classmethod
     def ends(cls, state: Array) -> _Edges:
         """Return the ends of all that is open."""
         none = np.zeros(len(state), "u1")
-        return cls.between(state["vcpu"], state["time_ns"], (state["outer"], state["inner"]), (none, none))
+        old = state["outer"], state["inner"]
+        return cls.between(state["vcpu"], state["time_ns"], old, (none, none), np.full(len(state), -1))
 
     def __add__(self, other: _Edges) -> _Edges:
         return _Edges(
@@ -463,7 +557,12 @@ class _Edges:
             np.concatenate((self.time_ns, other.time_ns)),
             np.concatenate((self.begins, other.begins)),
             np.concatenate((self.period, other.period)),
+            np.concatenate((self.left, other.left)),
         )
+
+
+def _low(arg: Array) -> Array:
+    return (arg & np.uint64(0xFFFFFFFF)).astype("i8")
 
 
 class _Periods:
@@ -474,7 +573,7 @@ class _Periods:
 
     def feed(self, events: Array) -> _Edges:
         left = events[events["kind"] == Kind.VMM_EXIT]
-        events = events[events["seq"] != 0]  # those of other threads tell nothing of it
+        events = events[(events["vcpu"] != 0) & (events["seq"] != 0)]
         edges = self._feed(events) if len(events) else _Edges.ends(self._state[:0])
         if len(left):
             # The end of a process is the end of its vCPUs; one of the same number that came later is another one.
@@ -489,7 +588,11 @@ class _Periods:
     def _feed(self, events: Array) -> _Edges:
         order = np.lexsort((events["time_ns"], events["vcpu"]))
         events = events[order]
+        slept = np.flatnonzero((events["kind"] == Kind.WAKEUP) & (events["detail"] != 0) & (events["arg"] > 0))
+        events = events[np.insert(np.arange(len(events)), slept, slept)]
+        sleeps = slept + np.arange(len(slept))
         vcpu, kind, time_ns = events["vcpu"], events["kind"].copy(), events["time_ns"].astype("i8")
+        kind[sleeps] = _SLEEPS
         # A reset by user space is told in place of the beginning of its ioctl; a save through kvm_run is no ioctl.
         kind[(kind == Kind.RESET) & (events["arg"] != 0)] = Kind.IOCTL_ENTER
         kind[(kind == Kind.SAVE) & ((events["flags"] & Flag.SYNC) != 0)] = 0
@@ -504,6 +607,10 @@ class _Periods:
             moved[first] = state[name]
             return moved
 
+        # It cannot have begun to sleep before its last reading.
+        last_ns = earlier(time_ns, "time_ns")
+        blocked_ns = np.minimum(events["arg"][sleeps], np.uint64(1 << 62)).astype("i8")
+        time_ns[sleeps] = np.clip(time_ns[sleeps] - blocked_ns, last_ns[sleeps], time_ns[sleeps])
         last_ns = earlier(time_ns, "time_ns")
         follows = (last_ns > 0) & (events["since_ns"].astype("i8") <= last_ns) & (events["since_ns"] > 0)
         # By the time that its memory is used again, a vCPU has long ended.
@@ -520,16 +627,19 @@ class _Periods:
         before = earlier(after, "after")
         before[silent] = _LEFT[before[silent]]
         doing = np.where(follows, before & _BEFORE[kind], 0)
+        # A vCPU that slept did, whatever was lost before.
+        doing[sleeps + 1] = _HALTED
         outer, inner = _OUTER[doing], _INNER[doing]
+        left = np.where(kind == Kind.GUEST_EXIT, events["detail"].astype("i8") << 32 | _low(events["arg"]), -1)
         # Where the vCPU was not yet known there is nothing to end: its period is 0 in the state.
         edges = _Edges.between(
             vcpu, np.where(last_ns > 0, last_ns, time_ns), (earlier(outer, "outer"), earlier(inner, "inner")),
-            (outer, inner),
+            (outer, inner), earlier(left, "left"),
         )  # fmt: skip
 
         at = np.append(first[1:], count) - 1
         state["vcpu"], state["pid"], state["time_ns"] = vcpu[at], events["pid"][at], time_ns[at]
-        state["after"], state["outer"], state["inner"] = after[at], outer[at], inner[at]
+        state["after"], state["outer"], state["inner"], state["left"] = after[at], outer[at], inner[at], left[at]
         over = kind[at] == Kind.VCPU_END
         edges += _Edges.ends(state[over])
         others = np.ones(len(self._state), bool)

@@ -171,6 +171,92 @@ def test_hooks_that_tell_nothing_go_with_what_was_before(tmp_path: Path) -> None
     assert periods(trace, 1) == [("kernel", 2300, 2400)]
 
 
+def remote(time_ns: int, kind: Kind, **values: int) -> Any:
+    """Return an event that is no reading of a vCPU's own."""
+    event = np.zeros(1, EVENT)
+    event["time_ns"], event["kind"], event["vcpu"], event["pid"] = time_ns, kind, 1, 4711
+    event["tid"], event["cpu"] = 4799, 3
+    for name, value in values.items():
+        event[name] = value
+    return event
+
+
+HALTED: list[Step] = [
+    (Kind.VCPU_NEW, {"detail": 7}),
+    (Kind.RUN_ENTER, {"arg": KVM_RUN}),
+    (Kind.GUEST_ENTRY, {}),
+    (Kind.GUEST_EXIT, {"arg": 12, "detail": 1}),
+    (Kind.WAKEUP, {"arg": 60, "detail": 1}),
+    (Kind.GUEST_ENTRY, {}),
+    (Kind.GUEST_EXIT, {"arg": 48, "detail": 1}),
+    (Kind.WAKEUP, {"arg": 60, "detail": 0}),
+    (Kind.WAKEUP, {"arg": 1_000_000, "detail": 1}),
+    (Kind.RUN_EXIT, {"arg": 2}),
+]
+
+
+@pytest.mark.parametrize("cut", [10, 3, 4, 5, 8, 9])
+def test_a_vcpu_that_sleeps_is_halted(tmp_path: Path, cut: int) -> None:
+    """For as long as its wake-up says, and never before its last reading; one that polled is in the kernel."""
+    events = life(HALTED)
+    trace = traced(recorded(tmp_path, events[:cut], events[cut:]))
+    assert periods(trace) == [("KVM_RUN", 2100, 2900)]
+    assert periods(trace, 1) == [
+        ("kernel", 2100, 2200),
+        ("guest", 2200, 2300),
+        ("kernel", 2300, 2340),
+        ("halted", 2340, 2400),
+        ("kernel", 2400, 2500),
+        ("guest", 2500, 2600),
+        ("kernel", 2600, 2700),
+        ("halted", 2700, 2800),
+    ]
+
+
+def test_kernel_time_says_why_the_guest_was_left(tmp_path: Path) -> None:
+    """By the names of the kernel that was recorded, else by number."""
+    table = 'isa, (REC->isa == 1) ? __print_symbolic(REC->exit_reason, { 12, "HLT" }, { 5, "X" })'
+    for formats, names in (({"kvm_exit": table}, ["HLT", "0x30"]), ({}, ["0xc", "0x30"])):
+        (tmp_path / str(len(formats))).mkdir()
+        trace = traced(recorded(tmp_path / str(len(formats)), life(HALTED), formats=formats))
+        said = [each.arguments.get("exit_reason") for each in trace.named("kernel")]
+        assert said == [None, names[0], None, names[1]]
+
+
+def test_what_other_threads_do_is_an_instant(tmp_path: Path) -> None:
+    """With the requester's thread; and the vCPU's own periods are as if nothing had been seen."""
+    events = life(LOST)
+    others = [
+        remote(2_050, Kind.KICK, requests=TF, before=TF, detail=1),
+        remote(2_250, Kind.REQUEST_ALL, vcpu=0, arg=10 | 1 << 9, detail=7, requests=2**64 - 1),
+        remote(2_260, Kind.KICK, detail=0),
+        remote(2_270, Kind.REQUEST_ALL_END, vcpu=0, arg=10 | 1 << 9, detail=7, requests=5, since_ns=2_250),
+        remote(2_280, Kind.IN_GUEST_STILL, arg=10 | 1 << 9, detail=2, requests=TF | 1 << 9, since_ns=2_250),
+    ]
+    mixed = np.concatenate([events[:1], others[0], events[1:3], *others[1:], events[3:]])
+    trace = traced(recorded(tmp_path, mixed))
+    (tmp_path / "own").mkdir()
+    own = traced(recorded(tmp_path / "own", events))
+    assert periods(trace) == periods(own) and periods(trace, 1) == periods(own, 1)
+    by = {"tid": 4799, "cpu": 3}
+    kicks = trace.named("kick")
+    assert [each.track for each in kicks] == [("web\\n$ #7", "vCPU 0")] * 2
+    assert [each.arguments for each in kicks] == [
+        {"mode": "in_guest_mode", "requests": "triple_fault", **by},
+        {"mode": "outside_guest_mode", "requests": "none", **by},
+    ]
+    told = {"request": "triple_fault", "flags": "wait", **by}
+    (begin,), (end,) = trace.named("request to several vCPUs"), trace.named("it returned")
+    assert begin.track == end.track == ("web\\n$ #7", perfetto.TO_ALL)
+    assert begin.arguments == {**told, "vcpus": "all"}
+    assert end.arguments == {**told, "vcpus": "0, 2", "since_ns": 2_250, "took_ns": 20}
+    (still,) = trace.named("in guest mode still")
+    assert still.arguments == {
+        "request": "triple_fault", "mode": "exiting_guest_mode", "requests": "bit_9, triple_fault",
+        "since_ns": 2_250, "took_ns": 30, **by,
+    }  # fmt: skip
+
+
 def test_the_exit_of_a_process_ends_what_its_vcpus_do(tmp_path: Path) -> None:
     """And leaves those of others alone."""
     one, other = life(LOST[:3]), life(LOST[:3], vcpu=2, pid=4712)
