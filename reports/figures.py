@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from reports.advice import survives
 from reports.document import records
 from reports.judged import Guest, guest_of, outcome, stories
-from reports.words import clip, duration, plural, short, shown, unit
+from reports.words import clip, duration, interval, plural, short, shown, unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 _ORANGE, _SKY, _GREEN = "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _INK, _DENSE, _FAINT, _PENDING = "#222222", "#5a5a5a", "#8a8a8a", "#dcdcdc"
+_SOFT, _GRID = "#555555", "#ececec"
+# Light to dark: what is more is darker, also in print without colours.
+_RAMP = ("#eaf3fa", "#a9d4ee", _SKY, _BLUE, "#003f66", "#001c2e")
 
 #: Settings under which figures are drawn: text stays text, so that a browser shows every script and a reader
 #: can search it.
@@ -79,6 +85,16 @@ _SPREAD = 30
 # Pixels, at 100 to the inch, below which two strokes are not told apart.
 _CLOSE = 2.5
 _NAME = 26
+# Where a legend stands: above the axes, so that it never covers what is drawn.
+_ABOVE_AXES: Any = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 4,
+    "frameon": False,
+    "handletextpad": 0.5,
+    "columnspacing": 1.4,
+    "borderaxespad": 0.2,
+}
 
 
 # --- swimlanes ----------------------------------------------------------------------------------------------
@@ -106,16 +122,7 @@ def draw_swimlanes(lifecycles: pd.DataFrame, story: pd.DataFrame, guests: Mappin
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.axvline(0, color=_FAINT, linewidth=0.8, zorder=0)
-    axes.legend(
-        handles=_swimlane_legend(axes, lanes),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=4,
-        frameon=False,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        borderaxespad=0.2,
-    )
+    axes.legend(handles=_swimlane_legend(axes, lanes), **_ABOVE_AXES)
     return axes
 
 
@@ -165,7 +172,7 @@ def _time_axis(axes: Axes, lanes: Sequence[_Lane]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: "0" if ns == 0 else duration(int(ns))))
         axes.set_xlabel("time since the raise (logarithmic)")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="x", color="#ececec", linewidth=0.8)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
@@ -229,7 +236,7 @@ def _draw_lane(axes: Axes, place: int, row: Mapping[str, Any], lane: _Lane) -> N
         xycoords=axes.get_yaxis_transform(),
         va="top",
         fontsize=7.5,
-        color="#555555",
+        color=_SOFT,
         parse_math=False,
     )
 
@@ -278,7 +285,7 @@ def _swimlane_legend(axes: Axes, lanes: Sequence[_Lane]) -> list[Any]:
     ]
 
 
-# --- the others ---------------------------------------------------------------------------------------------
+# --- latency ------------------------------------------------------------------------------------------------
 
 _LINES = (
     ("-", _BLUE, "//"),
@@ -287,29 +294,31 @@ _LINES = (
     (":", _PURPLE, "xx"),
     ((0, (5, 1, 1, 1, 1, 1)), _ORANGE, "--"),
 )
+#: Requests that the figure of latencies has room for.
+MOST_CURVES = 12
+# Places at which a curve of many requests is drawn: as many as a line of print can show.
+_STEPS_OF_CURVE = 300
+# Height of a curve in its lane, which is one unit high.
+_CURVE = 0.78
 
 
 def draw_latency(waits: pd.DataFrame, axes: Axes) -> Axes:
     """Draw which share of requests had ended by what time, as a band between both bounds of each latency.
 
-    Takes ``request``, ``end``, ``lower_ns`` and ``upper_ns``, a row for each request. More kinds of end than
-    the eye can tell apart are left to the table: the most frequent are drawn.
+    Takes ``request``, ``end``, ``lower_ns`` and ``upper_ns``, a row for each request. Ends of one request share the
+    axes; several requests have a lane each, the slowest one on top. What there is no room for is left to the table:
+    the most frequent are drawn.
     """
     if waits.empty:
         return _nothing(axes, "no request ended while it was watched")
-    several = waits["request"].nunique() > 1
-    groups = sorted(waits.groupby(["request", "end"], observed=True), key=lambda item: -len(item[1]))[: len(_LINES)]
-    lowest = max(float(waits["lower_ns"][waits["lower_ns"] > 0].min()) if (waits["lower_ns"] > 0).any() else 1.0, 1.0)
-    highest = max(float(waits["upper_ns"].max()), lowest)
+    if waits["request"].nunique() > 1:
+        return _draw_curves_in_lanes(waits, axes)
+    groups = sorted(waits.groupby("end", observed=True), key=lambda item: -len(item[1]))[: len(_LINES)]
+    lowest, highest = _span(waits)
     logarithmic = highest / lowest > _SPREAD
-    for place, ((request, end), part) in enumerate(groups):
-        line, colour, hatch = _LINES[place % len(_LINES)]
-        count = len(part)
-        shares = np.arange(count + 1) / count
-        low, high = (np.sort(part[name].to_numpy(dtype=float)) for name in ("lower_ns", "upper_ns"))
-        start = lowest * 0.5 if logarithmic else 0.0
-        grid = np.unique(np.concatenate([[start], low, high, [highest * 1.3]]))
-        early, late = (shares[np.searchsorted(values, grid, side="right")] for values in (low, high))
+    _latency_axis(axes, lowest, highest, logarithmic=logarithmic)
+    for (line, colour, hatch), (end, part) in zip(_LINES, groups, strict=False):
+        grid, early, late = _curves(part, lowest, highest, logarithmic=logarithmic)
         axes.fill_between(
             grid,
             late,
@@ -321,30 +330,404 @@ def draw_latency(waits: pd.DataFrame, axes: Axes) -> Axes:
             edgecolor=colour,
             linewidth=0,
         )
-        name = f"{shown(str(request))} {end}" if several else str(end)
-        for shares_drawn in (early, late):
-            axes.step(grid, shares_drawn, where="post", color=colour, linestyle=line, linewidth=1.4)
-        axes.plot([], [], color=colour, linestyle=line, linewidth=1.8, label=f"{name} ({count:,})")
+        for shares in (early, late):
+            axes.step(grid, shares, where="post", color=colour, linestyle=line, linewidth=1.4)
+        axes.plot([], [], color=colour, linestyle=line, linewidth=1.8, label=f"{end} ({len(part):,})")
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    axes.set_ylabel("requests that had ended")
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for text in axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False).get_texts():
+        _plain(text)
+    return axes
+
+
+# Bands that lie on top of each other cannot be read: a lane for each request, over one axis of time.
+def _draw_curves_in_lanes(waits: pd.DataFrame, axes: Axes) -> Axes:
+    sizes = waits["request"].value_counts()
+    frequent = list(sizes.index[:MOST_CURVES])
+    parts = {request: waits[waits["request"] == request] for request in frequent}
+    tail = {request: _at_most(part["upper_ns"], 0.99) for request, part in parts.items()}
+    order = sorted(frequent, key=lambda request: -tail[request])
+    lowest, highest = _span(waits)
+    logarithmic = highest / lowest > _SPREAD
+    _latency_axis(axes, lowest, highest, logarithmic=logarithmic)
+    for place, request in enumerate(order):
+        part, base = parts[request], place + _CURVE / 2
+        grid, early, late = _curves(part, lowest, highest, logarithmic=logarithmic)
+        for share, look in ((0.0, "-"), (0.5, ":"), (1.0, "-")):
+            axes.axhline(base - share * _CURVE, color=_GRID, linestyle=look, linewidth=0.8, zorder=0)
+        axes.fill_between(
+            grid,
+            base - late * _CURVE,
+            base - early * _CURVE,
+            step="post",
+            facecolor=_SKY,
+            alpha=0.45,
+            linewidth=0,
+            zorder=1,
+        )
+        for shares, line in ((early, "--"), (late, "-")):
+            axes.step(grid, base - shares * _CURVE, where="post", color=_BLUE, linestyle=line, linewidth=1.2, zorder=2)
+        axes.annotate(
+            f"{len(part):,} ended\n99 % {interval(_at_most(part['lower_ns'], 0.99), tail[request])}",
+            (1.01, place),
+            xycoords=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=7.5,
+            color=_SOFT,
+            parse_math=False,
+        )
+    names = [clip(shown(str(request)), _NAME) for request in order]
+    axes.set_yticks(range(len(order)), names, parse_math=False)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(
+        handles=[
+            Line2D([], [], color=_BLUE, linestyle="--", label="had ended, at most"),
+            Line2D([], [], color=_BLUE, linestyle="-", label="had ended, at least"),
+            Patch(facecolor=_SKY, alpha=0.45, label="the truth; a lane is 0 to 100 %"),
+        ],
+        **_ABOVE_AXES,
+    )
+    return axes
+
+
+# Both shares at each place of a grid: by the lower bounds, and by the upper ones. A curve of few requests is exact.
+def _curves(part: pd.DataFrame, lowest: float, highest: float, *, logarithmic: bool) -> tuple[Any, Any, Any]:
+    low, high = (np.sort(part[name].to_numpy(dtype=float)) for name in ("lower_ns", "upper_ns"))
+    start, stop = (lowest * 0.5 if logarithmic else 0.0), highest * 1.3
+    grid = np.unique(np.concatenate([[start], low, high, [stop]]))
+    if len(grid) > _STEPS_OF_CURVE:
+        grid = np.geomspace(start, stop, _STEPS_OF_CURVE) if logarithmic else np.linspace(start, stop, _STEPS_OF_CURVE)
+    early, late = (np.searchsorted(values, grid, side="right") / len(values) for values in (low, high))
+    told = np.ones(len(grid), bool)
+    told[1:-1] = (early[1:-1] != early[:-2]) | (late[1:-1] != late[:-2])
+    return grid[told], early[told], late[told]
+
+
+def _span(waits: pd.DataFrame) -> tuple[float, float]:
+    lower, upper = waits["lower_ns"].to_numpy(dtype=float), waits["upper_ns"].to_numpy(dtype=float)
+    least = lower[lower > 0] if (lower > 0).any() else upper[upper > 0]
+    lowest = max(float(least.min()) if least.size else 1.0, 1.0)
+    return lowest, max(float(upper.max()), lowest)
+
+
+def _at_most(values: pd.Series[Any], share: float) -> int:
+    return int(np.quantile(values.to_numpy(), share, method="higher"))
+
+
+def _latency_axis(axes: Axes, lowest: float, highest: float, *, logarithmic: bool) -> None:
+    label = "time from raise to end"
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(lowest * 0.5, highest * 1.3)
+        axes.set_xticks(_powers(lowest * 0.5, highest * 1.3))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns))))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("time from raise to end (logarithmic)")
+        axes.set_xlabel(f"{label} (logarithmic)")
     else:
         name, size = unit(highest)
         axes.set_xlim(0, highest * 1.08)
         axes.set_xticks(_round_times(highest * 1.08, size))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: f"{ns / size:g}"))
-        axes.set_xlabel(f"time from raise to end ({name})")
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
-    axes.set_ylabel("requests that had ended")
-    axes.grid(color="#ececec", linewidth=0.8)
+        axes.set_xlabel(f"{label} ({name})")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+# Powers of ten within an axis, at most 9 of them; where it spans but one, halves and fifths as well.
+def _powers(low: float, high: float) -> list[float]:
+    first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(high)))
+    ticks = [10.0**power for power in range(first, last + 1, max(1, (last - first) // 8))]
+    if len(ticks) < 3:
+        ticks = [step * 10.0**power for power in range(first - 1, last + 1) for step in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
+
+
+# --- latency over time, and by state ------------------------------------------------------------------------
+
+
+# Steps of the colours of counts: a legend can name so many, and an eye tell them apart.
+_HEAT_STEPS = 6
+#: Where a vCPU can be when a request is raised, in the order of the columns, with what that is called.
+STATES: Mapping[str, str] = {
+    "guest": "in the guest",
+    "kernel": "in the kernel",
+    "kvm_run": "in KVM_RUN",
+    "halted": "halted",
+    "ioctl": "in an ioctl",
+    "user_space": "in user space",
+    "unknown": "not known",
+}
+
+
+def draw_heat(heat: pd.DataFrame, axes: Axes, *, start_ns: int) -> Axes:
+    """Draw how many requests waited how long, and when: a map of time and latency, darker where there are more.
+
+    Takes ``request``, ``begin_ns``, ``end_ns``, ``low_ns``, ``high_ns`` and ``count``, a row for each cell that is not
+    empty; cells of several requests are added up. The latencies are upper bounds. ``start_ns``: the 0 of the time axis.
+    """
+    if heat.empty:
+        return _nothing(axes, "no request ended while it was watched")
+    cells = heat.groupby(["begin_ns", "end_ns", "low_ns", "high_ns"], sort=False)["count"].sum().reset_index()
+    left, right, low, high = (cells[name].to_numpy(dtype=float) for name in ("begin_ns", "end_ns", "low_ns", "high_ns"))
+    left, right, count = left - start_ns, right - start_ns, cells["count"].to_numpy(dtype=np.int64)
+    low, high = np.maximum(low, 1.0), np.minimum(np.maximum(high, 2.0), np.maximum(low, 1.0) * 2)
+    edges = _count_steps(int(count.max()))
+    shades = LinearSegmentedColormap.from_list("counts", _RAMP)(np.linspace(0.08, 1.0, len(edges) - 1))
+    # One path for each shade: a figure of thousands of cells stays a small file.
+    for step, shade in enumerate(shades):
+        chosen = (count >= edges[step]) & (count < edges[step + 1])
+        if chosen.any():
+            corners = [left, low, right, low, right, high, left, high]
+            path = np.stack([each[chosen] for each in corners], axis=1).reshape(-1, 4, 2)
+            axes.add_patch(PathPatch(_boxes(path), facecolor=shade, edgecolor=shade, linewidth=0.2))
+    name, size = unit(float(right.max()))
+    axes.set_xlim(left.min(), right.max())
+    axes.xaxis.set_major_locator(FixedLocator(_round_times(float(right.max()), size).tolist()))
+    axes.set_xlim(left.min(), right.max())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: f"{ns / size:g}"))
+    axes.set_xlabel(f"time of the raise since the recording began ({name})")
+    axes.set_yscale("log")
+    axes.set_ylim(low.min() / 1.2, high.max() * 1.2)
+    axes.set_yticks(_powers(float(low.min()) / 1.2, float(high.max()) * 1.2))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns))))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("from raise to end, at most")
+    axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    for text in axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False).get_texts():
-        _plain(text)
+    requests = heat["request"].unique()
+    if len(requests) == 1:
+        axes.set_title(shown(str(requests[0])), loc="left", fontsize=9, fontweight="bold", parse_math=False)
+    figure = axes.get_figure()
+    assert figure is not None
+    bar = figure.colorbar(
+        ScalarMappable(BoundaryNorm(np.arange(len(edges)), len(shades)), ListedColormap(shades)),
+        ax=axes,
+        ticks=np.arange(len(edges) - 1) + 0.5,
+        pad=0.02,
+        aspect=14,
+    )
+    bar.ax.set_yticklabels([_from_to(edges[step], edges[step + 1] - 1) for step in range(len(edges) - 1)])
+    bar.ax.tick_params(length=0)
+    bar.set_label("requests in a cell")
     return axes
+
+
+def _boxes(corners: NDArray[np.float64]) -> Path:
+    count = len(corners)
+    points = np.concatenate([corners, corners[:, :1]], axis=1).reshape(-1, 2)
+    codes = np.tile([Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY], count)
+    return Path(points, codes)
+
+
+# Bounds of classes of counts from 1 to the largest one: powers, each class [bound, next bound).
+def _count_steps(most: int) -> list[int]:
+    steps = min(_HEAT_STEPS, most)
+    bounds = {1, most + 1, *(round((most + 1) ** (step / steps)) for step in range(1, steps))}
+    return sorted(bounds)
+
+
+def _from_to(least: int, most: int) -> str:
+    return f"{short(least)}" if least == most else f"{short(least)} to {short(most)}"
+
+
+def draw_states(states: pd.DataFrame, axes: Axes) -> Axes:
+    """Draw a table of requests and of where the vCPU was when they were raised, shaded by the tail of the latency.
+
+    Takes ``request``, ``raised_in``, ``count``, ``p99_lower_ns`` and ``p99_upper_ns``. A cell says how many there were
+    and which time 99 % of them did not exceed; the darker, the longer.
+    """
+    if states.empty:
+        return _nothing(axes, "no request was raised")
+    present = set(states["raised_in"])
+    columns = [*(state for state in STATES if state in present), *sorted(present - set(STATES))]
+    order = states.groupby("request", sort=False)["count"].sum().sort_values(ascending=False, kind="stable")
+    rows = list(order.index)
+    cells = {(row["request"], row["raised_in"]): row for row in records(states)}
+    tails = [float(row["p99_upper_ns"]) for row in cells.values() if row["p99_upper_ns"]]
+    lowest, highest = (np.log10(min(tails)), np.log10(max(tails))) if tails else (0.0, 1.0)
+    shade = LinearSegmentedColormap.from_list("tails", _RAMP)
+    for place, request in enumerate(rows):
+        for at, state in enumerate(columns):
+            cell = cells.get((request, state))
+            if cell is None:
+                axes.annotate("none", (at, place), ha="center", va="center", fontsize=8, color=_FAINT)
+                continue
+            tail = cell["p99_upper_ns"]
+            # Where all are alike none is dark; the darkest shades leave no room for words.
+            level = 0.85 * (np.log10(tail) - lowest) / max(highest - lowest, 1.0) if tail else 0.0
+            colour = shade(level) if tail else "white"
+            axes.add_patch(Rectangle((at - 0.5, place - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
+            told = "time not known" if tail is None else f"99 % {interval(int(cell['p99_lower_ns']), int(tail))}"
+            axes.annotate(
+                f"{short(cell['count'])}\n{told}",
+                (at, place),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if level > 0.55 else _INK,
+                parse_math=False,
+            )
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), [STATES.get(state, shown(str(state))) for state in columns], parse_math=False)
+    axes.set_yticks(range(len(rows)), [clip(shown(str(request)), _NAME) for request in rows], parse_math=False)
+    axes.set_xlabel(
+        "how many were raised there, and what 99 % of them did not exceed: the darker, the longer", fontsize=8
+    )
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes
+
+
+# --- timeline of a vCPU -------------------------------------------------------------------------------------
+
+
+# What a vCPU does, from the top, with its look.
+_DOING: Mapping[str, tuple[str, str]] = {
+    "guest": (_SKY, ""),
+    "kernel": (_PENDING, "////"),
+    "halted": ("white", ".."),
+    "user space": (_ORANGE, "\\\\\\\\"),
+}
+_KICK = "kick"
+# Kicks whose requester is written beside the mark; of more there is no room for words.
+_TOLD_KICKS = 24
+# The part of the axis that the words beside a kick take.
+_KICK_WORDS = 0.16
+
+
+class Timeline(NamedTuple):
+    """A stretch of one vCPU's life: rows of analysis.ordering.timeline, breaks of rules, and where it is cut."""
+
+    title: str  # which vCPU
+    since: str  # when it begins, in words
+    rows: pd.DataFrame  # track, name, begin_ns, end_ns
+    breaks: pd.DataFrame  # rule, request, since_ns, time_ns
+    begin_ns: int
+    end_ns: int
+
+
+def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:
+    """Draw what one vCPU did and which requests were pending meanwhile, each in a lane of its own, and its kicks.
+
+    A break of a rule is marked where it was seen, in the lane of its request.
+    """
+    rows, breaks = timeline.rows, timeline.breaks
+    if rows.empty:
+        return _nothing(axes, "nothing was recorded of it")
+    present = list(dict.fromkeys(rows["track"]))
+    requests = [track for track in present if track not in _DOING and track != _KICK]
+    requests += [each for each in dict.fromkeys(breaks["request"]) if each and each not in requests]
+    lanes = [*(track for track in _DOING if track in present), *requests, *([_KICK] if _KICK in present else [])]
+    place = {track: at for at, track in enumerate(lanes)}
+    begin, end = timeline.begin_ns, max(timeline.end_ns, timeline.begin_ns + 1)
+    name, size = unit(float(end - begin))
+    left = np.clip(rows["begin_ns"].to_numpy(dtype=np.int64), begin, end) - begin
+    right = np.clip(rows["end_ns"].to_numpy(dtype=np.int64), begin, end) - begin
+    axes.set_xlim(0, end - begin)
+    for track in lanes:
+        own = (rows["track"] == track).to_numpy(dtype=bool)
+        if track == _KICK:
+            _draw_kicks(axes, place[track], left[own].astype(float), rows["name"][own].tolist())
+            continue
+        colour, hatch = _DOING.get(track, (_BLUE, ""))
+        # A short one is still seen: a hairline is as wide as its edge.
+        axes.barh(
+            np.full(int(own.sum()), place[track]),
+            right[own] - left[own],
+            left=left[own],
+            height=0.56 if track in _DOING else 0.4,
+            facecolor=colour,
+            hatch=hatch,
+            edgecolor=_INK,
+            linewidth=0.6,
+            zorder=2,
+        )
+    at = [place.get(each, len(lanes) - 1) for each in breaks["request"]]
+    when = np.clip(breaks["time_ns"].to_numpy(dtype=np.int64), begin, end) - begin
+    for time, lane, rule in zip(when.tolist(), at, breaks["rule"].tolist(), strict=True):
+        axes.axvline(time, color=_VERMILION, linestyle=":", linewidth=1.2, zorder=1)
+        axes.plot([time], [lane], zorder=5, clip_on=False, **_style(_BREAK))
+        after = time < (end - begin) * 0.6
+        axes.annotate(
+            shown(str(rule)).replace("_", " "),
+            (time, lane - 0.3),
+            (7 if after else -7, 0),
+            textcoords="offset points",
+            ha="left" if after else "right",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color=_VERMILION,
+            parse_math=False,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.8},
+            zorder=6,
+        )
+    axes.set_yticks(range(len(lanes)), [clip(shown(str(track)), _NAME) for track in lanes], parse_math=False)
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xticks(_round_times(float(end - begin), size))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: f"{ns / size:g}"))
+    axes.set_xlabel(f"time since {timeline.since} ({name})", parse_math=False)
+    axes.set_title(clip(timeline.title, 2 * _NAME), loc="right", fontsize=9, fontweight="bold", parse_math=False)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if requests and len(lanes) > len(requests):
+        first = place[requests[0]]
+        axes.axhline(first - 0.5, color=_FAINT, linewidth=0.8)
+    handles: list[Any] = []
+    if requests:
+        handles.append(Patch(facecolor=_BLUE, edgecolor=_INK, label="request pending"))
+    if _KICK in place:
+        handles.append(Line2D([], [], label="kick, with its requester", **_style(_MARK_KICK)))
+    if len(breaks):
+        handles.append(Line2D([], [], label="rule broken", **_style(_BREAK)))
+    if handles:
+        axes.legend(handles=handles, **_ABOVE_AXES)
+    return axes
+
+
+_BREAK = _Mark("", "X", _VERMILION, size=10)
+_MARK_KICK = _Mark("", "v", _PURPLE, size=7)
+
+
+def _draw_kicks(axes: Axes, place: int, times: NDArray[np.float64], names: Sequence[str]) -> None:
+    apart = np.unique(np.round(_pixels(axes, times)), return_index=True)[1]
+    axes.plot(times[apart], np.full(len(apart), place), zorder=3, clip_on=False, **_style(_MARK_KICK))
+    if len(times) > _TOLD_KICKS:
+        return
+    # Marks that are close together share their words, behind the last one.
+    right = axes.get_xlim()[1]
+    groups: list[list[tuple[float, str]]] = []
+    for kick in sorted(zip(times.tolist(), (shown(str(name)) for name in names), strict=True)):
+        if groups and kick[0] - groups[-1][-1][0] < right * _KICK_WORDS:
+            groups[-1].append(kick)
+        else:
+            groups.append([kick])
+    for group in groups:
+        who = list(dict.fromkeys(name for _, name in group))
+        words = who[0] if len(who) == 1 else f"{who[0]} and others"
+        before = group[-1][0] + right * _KICK_WORDS > right
+        axes.annotate(
+            words if len(group) == 1 else f"{len(group)} by {words}",
+            (group[0][0] if before else group[-1][0], place),
+            (-6 if before else 6, 0),
+            textcoords="offset points",
+            ha="right" if before else "left",
+            va="center",
+            fontsize=7.5,
+            parse_math=False,
+        )
+
+
+# --- the others ---------------------------------------------------------------------------------------------
 
 
 def draw_exposure(guests: Sequence[Guest], axes: Axes) -> Axes:
@@ -414,7 +797,7 @@ def draw_losses(counts: Mapping[str, int], axes: Axes) -> Axes:
 
 def _nothing(axes: Axes, why: str) -> Axes:
     axes.set_axis_off()
-    axes.annotate(why, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color="#555555")
+    axes.annotate(why, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=_SOFT)
     return axes
 
 

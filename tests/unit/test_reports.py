@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +663,163 @@ def test_latency_band_holds_the_bounds() -> None:
     early, late = ([share for at, share in edge if at in (10, 20, 30, 40)] for edge in edges)
     assert early == [0.5, 0.5, 1, 1]
     assert late == [0, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize("count", [2, 12, 30])
+def test_several_requests_have_a_lane_each(count: int) -> None:
+    """The slowest one on top, a band between its bounds; and no more than a figure has room for."""
+    parts = [
+        {
+            "request": f"request_{number}",
+            "end": "serviced",
+            "lower_ns": number * 1_000 + step,
+            "upper_ns": number * 1_500,
+        }
+        for number in range(1, count + 1)
+        for step in range(number)
+    ]
+    drawn = figures.draw_latency(pd.DataFrame(parts), axes())
+    names = [label.get_text() for label in drawn.get_yticklabels()]
+    assert names == [f"request_{number}" for number in range(count, max(count - figures.MOST_CURVES, 0), -1)]
+    for early, late in zip(*2 * [iter(curves(drawn))], strict=True):
+        assert all(late[np.searchsorted(late[:, 0], at, side="right") - 1, 1] >= height for at, height in early)
+    save(drawn)
+
+
+def curves(drawn: Axes) -> list[Any]:
+    """Return the points of the curves in lanes: of each lane the early one, then the late one."""
+    return [np.asarray(line.get_xydata()) for line in drawn.get_lines() if len(np.asarray(line.get_xydata())) > 2]
+
+
+def test_a_curve_of_very_many_requests_is_a_small_file() -> None:
+    """As many points as a line of print can show, and the shares at them are exact."""
+    many = np.arange(1_000, 1_001_000)
+    waits = pd.DataFrame({"request": "event", "end": "serviced", "lower_ns": many, "upper_ns": many * 2})
+    drawn = figures.draw_latency(waits, axes())
+    early, late = (np.asarray(line.get_xydata()) for line in drawn.get_lines()[:2])
+    assert len(early) == len(late) < 500
+    for curve, name in ((early, "lower_ns"), (late, "upper_ns")):
+        for at, share in curve[:: len(curve) // 23]:
+            assert share == (waits[name] <= at).mean()
+
+
+def heat(*cells: tuple[int, int, int]) -> pd.DataFrame:
+    """Return the cells of a heat map: the part of the time, the power of two of the latency, how many."""
+    return pd.DataFrame(
+        [
+            {"request": "event", "begin_ns": START_NS + part * 1_000_000, "end_ns": START_NS + (part + 1) * 1_000_000,
+             "low_ns": 1 << power, "high_ns": 2 << power, "count": count}
+            for part, power, count in cells
+        ]
+    )  # fmt: skip
+
+
+def test_a_heat_map_is_darker_where_there_are_more() -> None:
+    """Also without colours; and the bar names the counts of each shade."""
+    counts = [1, 9, 40, 100, 300, 5_000]
+    drawn = figures.draw_heat(
+        heat(*((part, 12, count) for part, count in enumerate(counts))), axes(), start_ns=START_NS
+    )
+    patches = sorted(drawn.patches, key=lambda patch: patch.get_path().get_extents().x0)
+    assert len(patches) == len(counts)
+    light = [np.dot(patch.get_facecolor()[:3], (0.2126, 0.7152, 0.0722)) for patch in patches]
+    assert light == sorted(light, reverse=True) and light[0] - light[-1] > 0.5
+    assert all(before - after > 0.05 for before, after in pairwise(light))
+    figure = drawn.get_figure(root=True)
+    assert figure is not None
+    figure.canvas.draw()
+    said = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    for count, words_ in zip(counts, said, strict=True):
+        least, _, most = words_.partition(" to ")
+        assert int(least) <= count <= int(most or least)
+    save(drawn)
+
+
+@given(st.integers(1, 10**12))
+def test_every_count_of_a_heat_map_has_a_shade(most: int) -> None:
+    """The classes begin at 1, end at the largest count, and grow."""
+    steps = figures._count_steps(most)
+    assert steps[0] == 1 and steps[-1] == most + 1
+    assert all(one < other for one, other in pairwise(steps))
+
+
+def state(request: str, raised_in: str, count: int, p99: tuple[int, int] | None) -> dict[str, Any]:
+    """Return a cell of the table of requests and states."""
+    low, high = p99 or (None, None)
+    return {"request": request, "raised_in": raised_in, "count": count, "p99_lower_ns": low, "p99_upper_ns": high}
+
+
+def test_states_say_in_words_what_is_shaded() -> None:
+    """A cell holds its count and its interval; where nothing was raised it says so."""
+    table = pd.DataFrame(
+        [
+            state("event", "guest", 23, (8_100, 8_400)),
+            state("event", "nowhere_known", 1, None),
+            state("nmi", "user_space", 7, (5_000_000, 6_000_000)),
+        ]
+    ).astype({"count": "Int64", "p99_lower_ns": "Int64", "p99_upper_ns": "Int64"})
+    drawn = figures.draw_states(table, axes())
+    said = {(round(each.xy[0]), round(each.xy[1])): each.get_text() for each in drawn.texts if hasattr(each, "xy")}
+    assert [label.get_text() for label in drawn.get_xticklabels()] == ["in the guest", "in user space", "nowhere_known"]
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["event", "nmi"]
+    assert said == {
+        (0, 0): "23\n99 % 8.1-8.4 µs", (1, 0): "none", (2, 0): "1\ntime not known",
+        (0, 1): "none", (1, 1): "7\n99 % 5-6 ms", (2, 1): "none",
+    }  # fmt: skip
+    save(drawn)
+
+
+def timeline(**values: Any) -> figures.Timeline:
+    """Return a stretch of a vCPU's life with two kicks, and a rule that is broken in it."""
+    rows = [
+        ("guest", "guest", 0, 40_000),
+        ("kernel", "HLT", 40_000, 42_000),
+        ("halted", "halted", 42_000, 60_000),
+        ("nmi", "nmi", 10_000, 61_000),
+        ("kick", "thread 4713, CPU 3", 10_500, 10_500),
+        ("kick", "thread 4713, CPU 3", 58_000, 58_000),
+    ]
+    table = pd.DataFrame(rows, columns=["track", "name", "begin_ns", "end_ns"])
+    broken = {"rule": "wait_returned_early", "request": "tlb_flush", "since_ns": START_NS, "time_ns": START_NS + 30_000}
+    table[["begin_ns", "end_ns"]] += START_NS
+    told: dict[str, Any] = {
+        "rows": table,
+        "breaks": pd.DataFrame([broken]),
+        "begin_ns": START_NS,
+        "end_ns": START_NS + 65_000,
+    }
+    return figures.Timeline("$web$, vCPU 0", "10:00:00 UTC", **(told | values))
+
+
+def test_a_timeline_has_lanes_kicks_and_breaks() -> None:
+    """What the vCPU does comes first; a request that is only named by a break has a lane, too."""
+    drawn = figures.draw_timeline(timeline(), axes())
+    assert [label.get_text() for label in drawn.get_yticklabels()] == [
+        "guest", "kernel", "halted", "nmi", "tlb_flush", "kick",
+    ]  # fmt: skip
+    said = [each.get_text() for each in drawn.texts]
+    assert said.count("thread 4713, CPU 3") == 2
+    assert "wait returned early" in said
+    assert drawn.get_title(loc="right") == "$web$, vCPU 0"
+    save(drawn)
+    none = timeline().breaks.iloc[:0]
+    save(figures.draw_timeline(timeline(breaks=none), axes()))
+    save(figures.draw_timeline(timeline(rows=timeline().rows.iloc[:0]), axes()))
+
+
+def test_kicks_that_are_close_share_their_words() -> None:
+    """Of very many there are marks alone."""
+    kicks = pd.DataFrame(
+        [("kick", f"thread {1 + number % 2}", START_NS + 9_000 + number, START_NS + 9_000 + number)
+         for number in range(5)],
+        columns=["track", "name", "begin_ns", "end_ns"],
+    )  # fmt: skip
+    none = timeline().breaks.iloc[:0]
+    drawn = figures.draw_timeline(timeline(rows=kicks, breaks=none), axes())
+    assert [each.get_text() for each in drawn.texts] == ["5 by thread 1 and others"]
+    drawn = figures.draw_timeline(timeline(rows=pd.concat([kicks] * 7), breaks=none), axes())
+    assert not drawn.texts
+    save(drawn)
 
 
 # --- the page -----------------------------------------------------------------------------------------------
