@@ -25,10 +25,13 @@ _RECORDING = (
     "requests_flags", "requests_table", "requests_table_exact", "started_ns", "ended_ns", "clock", "plan", "counters",
 )  # fmt: skip
 _LIFECYCLE = (
-    "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
+    "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why", "raised_in",
 )  # fmt: skip
 _RULE = ("rule", "title", "source", "checked", "broken", "undecided", "unchecked")
 _BREAK = ("rule", "vm", "pid", "vcpu", "request", "time_ns", "since_ns", "story")
+#: What a lifecycle may not tell, and the number that then stands in the table.
+UNKNOWN = {"requester_tid": 0, "requester_cpu": -1, "kicked_ns": -1, "left_guest_ns": -1, "reentered_ns": -1}
+
 
 # Rows that are Python's objects at one time.
 _CHUNK = 10_000
@@ -104,9 +107,10 @@ def one_lifecycle(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of the lifecycles as the contract has it: also one line of the live stream.
 
     ``raised_ns`` is [last seen without, first seen with], ``ended_ns`` [last seen with, first seen without];
-    null where it has not ended.
+    null where it has not ended, and so is what is not known of it.
     """
-    plain = {key: native(row[key]) for key in ("vm", "pid", "vcpu", "request", "raised_by", "end", *_LIFECYCLE)}
+    keys = ("vm", "pid", "vcpu", "request", "raised_by", "end", *_LIFECYCLE, *UNKNOWN)
+    plain = {key: native(row[key]) for key in keys}
     ended_ns = native(row["ended_ns"])
     return {
         "vm": plain["vm"],
@@ -121,6 +125,7 @@ def one_lifecycle(row: Mapping[str, Any]) -> dict[str, Any]:
             ended_ns if ended_ns is not None and ended_ns >= 0 else None,
         ],
         **{key: plain[key] for key in _LIFECYCLE},
+        **{key: None if plain[key] == unknown else plain[key] for key, unknown in UNKNOWN.items()},
     }
 
 

@@ -127,7 +127,8 @@ class _Trace:
     def __init__(self, meta: Mapping[str, Any]) -> None:
         self._meta = meta
         self._strings = _Strings()
-        self._core = Lifecycles({int(bit): name for bit, name in meta["requests_by_bit"].items()})
+        names = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
+        self._core = Lifecycles(names, full=meta["detail"] == "full")
         self._bits = {str(name): int(bit) for bit, name in meta["requests_by_bit"].items()}
         self._names = {bit: shown(str(name)) for name, bit in self._bits.items()}
         self._exits = hardware_exits(meta)
@@ -319,10 +320,12 @@ class _Trace:
                 )
             track = _uuid(_REQUEST, column["vcpu_number"].astype("i8"), bit)
             numbers = ("raised_after_ns", "raised_ns", "ended_after_ns", "userspace_exits", "saves", "blind_saves")
+            later = ("ended_ns", "requester_cpu", "kicked_ns", "left_guest_ns", "reentered_ns")
             arguments: dict[str, Any] = {
-                **{name: column[name].astype(object) for name in ("raised_by", "end")},
+                **{name: column[name].astype(object) for name in ("raised_by", "raised_in", "end")},
                 **{name: column[name] for name in numbers},
-                "ended_ns": (column["ended_ns"], column["ended_ns"] >= 0),
+                **{name: (column[name], column[name] >= 0) for name in later},
+                "requester_tid": (column["requester_tid"], column["requester_tid"] != 0),
                 **{name: column[name].astype(bool) for name in ("nested", "stale", "exposed")},
                 "why": (column["why"].astype(object), column["why"] != ""),
                 **{name: column[name] for name in ("vm", "pid", "vcpu")},

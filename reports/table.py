@@ -9,22 +9,27 @@ from __future__ import annotations
 import csv
 from typing import TYPE_CHECKING, TextIO
 
-from reports.document import each
+from reports.document import UNKNOWN, each
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# What stands in the table where there is nothing to tell.
+_UNKNOWN = {"ended_ns": -1, **UNKNOWN}
+
 COLUMNS = (
     "vm", "pid", "vcpu", "request", "raised_by", "raised_after_ns", "raised_ns", "end", "ended_after_ns",
     "ended_ns", "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
+    "raised_in", *UNKNOWN,
 )  # fmt: skip
 
 
 def write_lifecycles(lifecycles: pd.DataFrame, out: TextIO) -> None:
-    """Write the lifecycles as CSV with a heading; ``ended_ns`` is empty where a request has not ended."""
+    """Write the lifecycles as CSV with a heading; what has not happened, or is not known, is empty."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in each(lifecycles[list(COLUMNS)]):
-        if row["ended_ns"] is not None and row["ended_ns"] < 0:
-            row["ended_ns"] = None
+        for name, unknown in _UNKNOWN.items():
+            if row[name] == unknown:
+                row[name] = None
         writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])

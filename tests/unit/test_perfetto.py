@@ -58,6 +58,7 @@ def life(steps: list[Step], start_ns: int = 2_000, vcpu: int = 1, pid: int = 471
     events["since_ns"][1:] = events["time_ns"][:-1]
     events["seq"] = np.arange(1, len(steps) + 1)
     events["vcpu"], events["pid"], events["flags"] = vcpu, pid, Flag.CREATED | Flag.CAP_EXISTS
+    events["tid"], events["cpu"] = 4780, 2
     for place, (kind, values) in enumerate(steps):
         events["kind"][place] = kind
         for name, value in values.items():
@@ -117,11 +118,11 @@ def test_a_request_is_a_slice_with_its_bounds(tmp_path: Path) -> None:
     assert request.track == ("web\\n$ #7", "vCPU 0", "triple_fault")
     assert (request.name, request.begin_ns, request.end_ns) == ("triple_fault", 2800, 3000)
     assert request.arguments == {
-        "raised_by": "set_mce", "raised_after_ns": 2700, "raised_ns": 2800,
+        "raised_by": "set_mce", "raised_in": "ioctl", "raised_after_ns": 2700, "raised_ns": 2800,
         "end": "lost", "ended_after_ns": 3000, "ended_ns": 3100,
         "userspace_exits": 0, "saves": 0, "blind_saves": 1,
         "nested": False, "stale": False, "exposed": False,
-        "vm": 7, "pid": 4711, "vcpu": 0,
+        "vm": 7, "pid": 4711, "vcpu": 0, "requester_tid": 4780, "requester_cpu": 2,
     }  # fmt: skip
     assert [(each.begin_ns, each.arguments["triple_fault"]) for each in trace.named("blind save")] == [(3000, True)]
 

@@ -65,6 +65,12 @@ LIFECYCLE = {
     "stale": "bool",
     "exposed": "bool",
     "why": "str",
+    "raised_in": "str",
+    "requester_tid": "int64",
+    "requester_cpu": "int64",
+    "kicked_ns": "int64",
+    "left_guest_ns": "int64",
+    "reentered_ns": "int64",
 }
 VM = {
     "vm": "int64",
@@ -174,6 +180,12 @@ def lifecycle(vm: int = 1, end: str = "delivered", **values: Any) -> dict[str, A
         "stale": False,
         "exposed": False,
         "why": "",
+        "raised_in": "user_space",
+        "requester_tid": 4_700 + vm,
+        "requester_cpu": 3,
+        "kicked_ns": -1,
+        "left_guest_ns": -1,
+        "reentered_ns": -1,
         **values,
     }
 
@@ -365,6 +377,32 @@ def test_one_lifecycle_is_the_same_in_the_document_and_in_the_stream() -> None:
     rows = [document.one_lifecycle(row) for _, row in found.lifecycles.iterrows()]
     assert rows == document.document(found)["lifecycles"]
     assert rows[0]["raised_ns"] == [START_NS + 1_000_000_000 - 100_000, START_NS + 1_000_000_000]
+
+
+def test_what_is_not_known_of_a_lifecycle_is_null() -> None:
+    """Where it was raised is a word; times and the requester are numbers, or nothing."""
+    known: dict[str, Any] = {
+        "requester_tid": 4711,
+        "requester_cpu": 0,
+        "kicked_ns": 7,
+        "left_guest_ns": 8,
+        "reentered_ns": 9,
+    }
+    unknown: dict[str, Any] = {
+        "requester_tid": 0,
+        "requester_cpu": -1,
+        "kicked_ns": -1,
+        "left_guest_ns": -1,
+        "reentered_ns": -1,
+    }
+    found = judgement([lifecycle(1, raised_in="guest", **known), lifecycle(2, raised_in="unknown", **unknown)])
+    rows = document.document(found)["lifecycles"]
+    assert [{key: row[key] for key in known} for row in rows] == [known, dict.fromkeys(unknown)]
+    assert [row["raised_in"] for row in rows] == ["guest", "unknown"]
+    lines = list(csv.DictReader(io.StringIO(csv_of(found.lifecycles))))
+    assert [{key: line[key] for key in known} for line in lines] == [
+        {key: str(value) for key, value in known.items()}, dict.fromkeys(unknown, ""),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
