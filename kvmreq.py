@@ -220,34 +220,39 @@ def _end_of_command(child: subprocess.Popen[bytes] | None, stop: Stop) -> None:
 def report(arguments: argparse.Namespace) -> int:
     """Print what became of each request in one or several recordings."""
     from analysis.judge import judge
-    from analysis.latency import by_request
     from analysis.verdicts import EXIT_LOST, EXIT_NOTHING_LOST, EXIT_UNDECIDED
     from tracer.recording import Recording
 
     recordings = [Recording.open(path) for path in arguments.recording]
-    judged = []
+    sources = []
     progress = Progress()
     for recording in recordings:
         progress.show(f"reading {recording.path}")
-        judged.append((recording, judge(recording)))
+        sources.append(_source(recording, judge(recording)))
     progress.clear()
-    _print_report(arguments.format, [judgement for _, judgement in judged])
+    _print_report(arguments.format, sources)
     if arguments.html is not None:
-        from analysis.judge import story
         from reports import html
 
-        html.write(
-            arguments.html,
-            [
-                html.Source(judgement, by_request(judgement.lifecycles), partial(story, recording))
-                for recording, judgement in judged
-            ],
-        )
+        html.write(arguments.html, sources)
         note(f"{arguments.html} written")
+    if arguments.figures is not None:
+        from reports import pictures
+
+        written = pictures.write(arguments.figures, sources)
+        note(f"{len(written)} files written to {arguments.figures}: {', '.join(path.name for path in written)}")
     if not _whole(recordings):
         return EXIT_ERROR
-    statuses = {judgement.exit_status for _, judgement in judged}
+    statuses = {source.judgement.exit_status for source in sources}
     return next((status for status in (EXIT_LOST, EXIT_UNDECIDED) if status in statuses), EXIT_NOTHING_LOST)
+
+
+def _source(recording: Any, judgement: Any) -> Any:
+    """Return what the reports of a judged recording are made of."""
+    from analysis.judge import story
+    from reports.source import Source
+
+    return Source(judgement, partial(story, recording), name=recording.path.name)
 
 
 def _whole(recordings: Sequence[Any]) -> bool:
@@ -282,18 +287,17 @@ def export(arguments: argparse.Namespace) -> int:
     return 0 if _whole([recording]) else EXIT_ERROR
 
 
-def _print_report(style: str, judgements: Sequence[Any]) -> None:
-    from analysis.latency import by_request
+def _print_report(style: str, sources: Sequence[Any]) -> None:
     from reports import document, table, text
 
     if style == "json":
-        sys.stdout.writelines(document.texts(judgements))
+        sys.stdout.writelines(document.texts([source.judgement for source in sources]))
     elif style == "csv":
         import pandas as pd
 
-        table.write_lifecycles(pd.concat([judgement.lifecycles for judgement in judgements]), sys.stdout)
+        table.write_lifecycles(pd.concat([source.judgement.lifecycles for source in sources]), sys.stdout)
     else:
-        print("\n".join(text.report(judgement, by_request(judgement.lifecycles)) for judgement in judgements), end="")
+        print("\n".join(text.report(source) for source in sources), end="")
 
 
 def stat(arguments: argparse.Namespace) -> int:
@@ -398,10 +402,7 @@ def lab(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Trace every scenario that this host can run: verdicts and an HTML report."""
-    from functools import partial as bound
-
-    from analysis.judge import judge, story
-    from analysis.latency import by_request
+    from analysis.judge import judge
     from lab import check, runner
     from probes.plan import tells
     from reports import document, html, text
@@ -428,9 +429,10 @@ def demo(arguments: argparse.Namespace) -> int:
         recorder.stop()
     recording = Recording.open(path)
     judgement = judge(recording)
-    print(text.report(judgement, by_request(judgement.lifecycles)), end="")
+    source = _source(recording, judgement)
+    print(text.report(source), end="")
     page = path / "report.html"
-    html.write(page, [html.Source(judgement, by_request(judgement.lifecycles), bound(story, recording))])
+    html.write(page, [source])
     page.chmod(0o600)  # as all of the recording
     seen, told = document.document(judgement), tells(recorder.plan.as_json())
     wrong = {run.scenario: check.differences(seen, run, told) for run in runs}
@@ -545,11 +547,18 @@ def parser() -> argparse.ArgumentParser:
         report,
         "kvmreq report DIR",
         "kvmreq report DIR --html report.html",
+        "kvmreq report DIR --figures figures     # figures/latency.png, figures/latency.svg, ...",
         "kvmreq report DIR --format json | jq .summary",
     )
     one.add_argument("recording", nargs="+", type=Path, metavar="DIR", help="a recording")
     one.add_argument("--format", choices=("text", "json", "csv"), default="text", help="(default: %(default)s)")
     one.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with figures")
+    one.add_argument(
+        "--figures",
+        type=Path,
+        metavar="OUT",
+        help="also write every figure as OUT/NAME.png and OUT/NAME.svg; several recordings get a prefix each",
+    )
 
     one = verb(
         "export",

@@ -7,11 +7,13 @@ mid 2026.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from probes.requests import STATE
 from reports.document import records
-from reports.judged import Guest, guest_of, guests, needs_action, ranked, wait
+from reports.judged import TRIPLE_FAULT, Guest, guest_of, guests, needs_action, ranked, wait
 from reports.words import Clock, clip, interval, plural, shown
 
 if TYPE_CHECKING:
@@ -43,23 +45,44 @@ def findings(judgement: Judgement, *, most: int = 10) -> list[Finding]:
     """
     known = guests(judgement.vms)
     clock = Clock(judgement.meta["clock"])
-    rows = judgement.lifecycles[needs_action(judgement.lifecycles)]
-    groups: dict[tuple[str, str, bool | None], list[dict[str, Any]]] = {}
-    for row in records(ranked(rows)):
-        kind, guest = _kind(row), guest_of(row, known)
-        # What to do about doubt does not depend on the VMM.
-        remedy = (kind, "", None) if kind == "undecided" else (kind, guest.vmm, guest.cap)
-        groups.setdefault(remedy, []).append(row)
+    rows = ranked(judgement.lifecycles[needs_action(judgement.lifecycles)])
+    alike = rows.groupby(["vm", "pid", "end", "request"], sort=False)
+    groups: dict[_Remedy, list[dict[str, Any]]] = {}
+    counts: Counter[_Remedy] = Counter()
+    # Of those of one guest that ended alike the first ones stand for all: there can be very many.
+    for row in records(alike.head(most)):
+        group = groups.setdefault(_remedy(row, guest_of(row, known)), [])
+        if len(group) < most:
+            group.append(row)
+    for row in records(alike.size().rename("count").reset_index()):
+        counts[_remedy(row, guest_of(row, known))] += row["count"]
     return [
         Finding(
-            kind,
-            _title(kind, len(group), vmm),
-            [_CASES[kind](row, guest_of(row, known), clock) for row in group[:most]],
-            max(len(group) - most, 0),
-            list(_STEPS[kind](vmm, cap)),
+            remedy.kind,
+            _title(remedy, counts[remedy]),
+            [_CASES[remedy.kind](row, guest_of(row, known), clock) for row in group],
+            counts[remedy] - len(group),
+            list(_STEPS[remedy.kind](remedy)),
         )
-        for (kind, vmm, cap), group in groups.items()
+        for remedy, group in groups.items()
     ]
+
+
+class _Remedy(NamedTuple):
+    """What decides what to do; empty where that does not depend on it."""
+
+    kind: str
+    vmm: str = ""
+    cap: bool | None = None
+    request: str = TRIPLE_FAULT
+
+
+def _remedy(row: Mapping[str, Any], guest: Guest) -> _Remedy:
+    kind, request = _kind(row), str(row["request"])
+    if kind == "undecided":
+        return _Remedy(kind)
+    # The capability is for triple faults alone.
+    return _Remedy(kind, guest.vmm, guest.cap if request == TRIPLE_FAULT else None, request)
 
 
 def survives(guest: Guest) -> str:
@@ -73,14 +96,15 @@ def _kind(row: Mapping[str, Any]) -> str:
     return "exposed" if row["end"] == "open" else "stale"
 
 
-def _title(kind: str, count: int, vmm: str) -> str:
-    where = f" under {vmm}" if vmm else ""
+def _title(remedy: _Remedy, count: int) -> str:
+    where = f" under {remedy.vmm}" if remedy.vmm else ""
+    which = f": {shown(remedy.request)}" if remedy.request != TRIPLE_FAULT else ""
     return {
-        "lost": f"{plural(count, 'request')} LOST{where}",
+        "lost": f"{plural(count, 'request')} LOST{where}{which}",
         "undecided": f"{plural(count, 'request')} undecided",
-        "exposed": f"{plural(count, 'request')} still pending, and missing from a save{where}",
-        "stale": f"{plural(count, 'request')} delivered after a reset{where}",
-    }[kind]
+        "exposed": f"{plural(count, 'request')} still pending, and missing from a save{where}{which}",
+        "stale": f"{plural(count, 'request')} delivered after a reset{where}{which}",
+    }[remedy.kind]
 
 
 # --- what happened ------------------------------------------------------------------------------------------
@@ -89,10 +113,17 @@ def _title(kind: str, count: int, vmm: str) -> str:
 def _lost(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
     saves = row["saves"] + row["blind_saves"]
     without = f"the last of {saves:,} saves left it out" if saves > 1 else "the save left it out"
+    runs = "runs on a state that asked to shut down" if row["request"] == TRIPLE_FAULT else f"lacks {_what(row)}"
     return (
         f"{_raised(row, guest, clock)}; {without}, and the vCPU ended with it pending {_later(row)}. "
-        "Any copy made from that save runs on a state that asked to shut down."
+        f"Any copy made from that save {runs}."
     )
+
+
+# What a request stands for.
+def _what(row: Mapping[str, Any]) -> str:
+    state = STATE.get(str(row["request"]))
+    return state.what if state is not None else shown(str(row["request"]))
 
 
 def _undecided(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
@@ -124,6 +155,8 @@ def _raised(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
     request, by, when = shown(row["request"]), shown(row["raised_by"]), clock.when(row["raised_ns"])
     if by == "unknown":
         return f"{who} vCPU {row['vcpu']}: {request} was already pending when first seen at {when} UTC"
+    if by == "remote":
+        by = f"thread {row['requester_tid']}" if row["requester_tid"] else "another thread"
     return f"{who} vCPU {row['vcpu']}: {request} was raised by {by} at {when} UTC"
 
 
@@ -134,38 +167,61 @@ def _later(row: Mapping[str, Any]) -> str:
 # --- what to do ---------------------------------------------------------------------------------------------
 
 
-def _after_loss(vmm: str, cap: bool | None) -> Iterator[str]:
+def _after_loss(remedy: _Remedy) -> Iterator[str]:
+    if remedy.request != TRIPLE_FAULT:
+        yield (
+            "A copy made from these saves (a snapshot, or the far end of a migration) goes on without it. Where the "
+            "guest waits for it, boot the copy afresh or restore a snapshot taken before the time given."
+        )
+        yield from _how_to_carry(remedy)
+        return
     yield (
         "Do not trust the copies made from these saves (a snapshot, or the far end of a migration): the "
         "guest had failed and should have shut down. Stop them and boot afresh, or restore a snapshot taken "
         "before the time given."
     )
-    yield from _prevention(vmm, cap)
+    yield from _prevention(remedy.vmm, remedy.cap)
 
 
-def _after_exposure(vmm: str, cap: bool | None) -> Iterator[str]:
+def _after_exposure(remedy: _Remedy) -> Iterator[str]:
+    if remedy.request != TRIPLE_FAULT:
+        yield (
+            "Let the guest run on this host: KVM then services it. Discard the snapshots made since the time given, "
+            "and do not migrate the guest before."
+        )
+        yield from _how_to_carry(remedy)
+        return
     yield (
         "Let the guest run on this host: KVM then delivers the shutdown. Discard the snapshots made since "
         "the time given, and do not migrate the guest before."
     )
-    yield from _prevention(vmm, cap)
+    yield from _prevention(remedy.vmm, remedy.cap)
 
 
-def _after_stale(vmm: str, cap: bool | None) -> Iterator[str]:
+def _how_to_carry(remedy: _Remedy) -> Iterator[str]:
+    vmm = remedy.vmm or "The VMM"
+    state = STATE.get(remedy.request)
+    if state is not None and state.carried_by == "vcpu_events":
+        yield f"KVM_GET_VCPU_EVENTS saves it: {vmm} must call that last, when nothing can raise a request any more."
+    else:
+        yield f"No ioctl of KVM saves it: {vmm} keeps it only by letting the vCPU run until KVM has serviced it."
+
+
+def _after_stale(remedy: _Remedy) -> Iterator[str]:
     yield ("Start the guest again: the shutdown was meant for its life before the reset, nothing is wrong with it now.")
-    if vmm == "QEMU" and not cap:
+    if remedy.vmm == "QEMU" and not remedy.cap:
         yield (
             "QEMU clears the request on a reset from 7.2 on, where the kernel has capability 218 (Linux "
             "6.0): update the older of the two."
         )
     else:
         yield (
-            f"Neither KVM nor a reset by user space clears it. {vmm or 'The VMM'} must, by "
+            f"Neither KVM nor a reset by user space clears it. {remedy.vmm or 'The VMM'} must, by "
             f"KVM_SET_VCPU_EVENTS with KVM_VCPUEVENT_VALID_TRIPLE_FAULT and pending=0, which needs {_CAP}."
         )
 
 
-def _after_doubt(_vmm: str, _cap: bool | None) -> Iterator[str]:
+def _after_doubt(_remedy: _Remedy) -> Iterator[str]:
     yield (
         "Treat a guest that was saved or migrated meanwhile as if the request were lost, until a recording "
         "without gaps says otherwise."

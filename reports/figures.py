@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from reports.advice import survives
 from reports.document import records
-from reports.judged import Guest, guest_of, outcome, stories
+from reports.judged import PLACES, Guest, guest_of, outcome, stories
 from reports.words import clip, duration, interval, plural, short, shown, unit
 
 if TYPE_CHECKING:
@@ -452,16 +452,6 @@ def _powers(low: float, high: float) -> list[float]:
 
 # Steps of the colours of counts: a legend can name so many, and an eye tell them apart.
 _HEAT_STEPS = 6
-#: Where a vCPU can be when a request is raised, in the order of the columns, with what that is called.
-STATES: Mapping[str, str] = {
-    "guest": "in the guest",
-    "kernel": "in the kernel",
-    "kvm_run": "in KVM_RUN",
-    "halted": "halted",
-    "ioctl": "in an ioctl",
-    "user_space": "in user space",
-    "unknown": "not known",
-}
 
 
 def draw_heat(heat: pd.DataFrame, axes: Axes, *, start_ns: int) -> Axes:
@@ -544,7 +534,7 @@ def draw_states(states: pd.DataFrame, axes: Axes) -> Axes:
     if states.empty:
         return _nothing(axes, "no request was raised")
     present = set(states["raised_in"])
-    columns = [*(state for state in STATES if state in present), *sorted(present - set(STATES))]
+    columns = [*(state for state in PLACES if state in present), *sorted(present - set(PLACES))]
     order = states.groupby("request", sort=False)["count"].sum().sort_values(ascending=False, kind="stable")
     rows = list(order.index)
     cells = {(row["request"], row["raised_in"]): row for row in records(states)}
@@ -574,7 +564,7 @@ def draw_states(states: pd.DataFrame, axes: Axes) -> Axes:
             )
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), [STATES.get(state, shown(str(state))) for state in columns], parse_math=False)
+    axes.set_xticks(range(len(columns)), [PLACES.get(state, shown(str(state))) for state in columns], parse_math=False)
     axes.set_yticks(range(len(rows)), [clip(shown(str(request)), _NAME) for request in rows], parse_math=False)
     axes.set_xlabel(
         "how many were raised there, and what 99 % of them did not exceed: the darker, the longer", fontsize=8

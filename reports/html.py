@@ -6,76 +6,44 @@ page to load or run anything should that ever fail.
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from reports import figures, judged, text
+from analysis.verdicts import ENDS
+from reports import judged, pictures, text
 from reports.advice import findings, survives
 from reports.document import records
+from reports.files import replace
+from reports.source import MOST_ROWS
 from reports.words import Clock, duration, interval, plural, shown
 from tracer.errors import BadRecording
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
-    from analysis.judge import Judgement
+    from reports.source import Source
 
-#: Rows of a table, and lanes of the swimlane figure. Requests that need an operator come first.
-MOST_ROWS = 200
-MOST_LANES = 24
-# Guests in the figure of exposure, and in the table beside it; those that would lose a shutdown come first.
-_MOST_BARS, _MOST_GUESTS = 16, 50
+# Guests in the table of exposure; those that would lose a shutdown come first.
+_MOST_GUESTS = 50
 
 _XLINK = "{http://www.w3.org/1999/xlink}href"
-_LANE_INCHES, _MARGIN_INCHES = 0.46, 1.1
-
-
-class Source(NamedTuple):
-    """A judged recording, and what a page needs besides."""
-
-    judgement: Judgement
-    latency: pd.DataFrame  # the summary by request and end
-    tell: Callable[[pd.DataFrame], pd.DataFrame]  # the story of some of its lifecycles
 
 
 def write(path: Path, sources: Sequence[Source]) -> None:
     """Write the page about some recordings, whole or not at all."""
     content = page(sources).encode("utf-8", errors="backslashreplace")
     try:
-        _replace(path, content)
+        replace(path, content)
     except OSError as error:
         raise BadRecording(
             f"the report {path} cannot be written: {error.strerror}",
             hint="name a file in a directory that you can write to",
         ) from error
-
-
-# An older file stays until the new one is on the disk.
-def _replace(path: Path, content: bytes) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("xb") as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:  # Ctrl-C too leaves nothing behind
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def page(sources: Sequence[Source]) -> str:
@@ -99,49 +67,53 @@ def page(sources: Sequence[Source]) -> str:
 
 # Everything about one recording; `prefix` keeps the ids of several apart.
 def _part(source: Source, prefix: str) -> dict[str, Any]:
-    judgement = source.judgement
-    clock = Clock(judgement.meta["clock"])
-    guests = judged.guests(judgement.vms)
-    rows = judged.ranked(judgement.lifecycles)
-    lanes = rows.head(MOST_LANES)
-    story = source.tell(lanes)
-    exposure = sorted(guests.values(), key=lambda guest: (guest.cap is not False, guest.cap is not None))
+    judgement, guests, clock = source.judgement, source.guests, source.clock
+    exposure = pictures.exposed(source)
     own = judgement.shutdowns[judgement.shutdowns["source"] == "hardware"]
-    waits = judged.waits(judgement.lifecycles)
-    counts = {
-        name.replace("_", " "): count for name, count in judgement.loss.as_json().items() if isinstance(count, int)
-    }
     return {
         "id": prefix,
         "headline": judged.headline(judgement),
         "watched": judged.watched(judgement),
         "where": judged.where(judgement),
         "summary": {shown(str(end)): count for end, count in judgement.summary.items() if count},
-        "verdicts": [_verdict(row, guests, clock) for row in records(rows.head(MOST_ROWS))],
-        "more_verdicts": max(len(rows) - MOST_ROWS, 0),
-        "findings": findings(judgement),
-        "lanes": len(lanes),
-        "more_lanes": len(rows) - len(lanes),
-        "swimlanes": len(lanes)
-        and _svg(
-            lambda axes: figures.draw_swimlanes(lanes, story, guests, axes),
-            _LANE_INCHES * len(lanes) + _MARGIN_INCHES,
-            f"Swimlanes of {plural(len(lanes), 'request')}, from raise to end; the table below says the same.",
-            f"{prefix}-lanes",
-        ),
-        "stories": list(_stories(lanes, story, guests, clock)),
-        "latency": [
-            {**row, **{name: text.bounds(row, name) for name in ("p50", "p90", "p99", "max")}}
-            for row in records(source.latency)
+        "figures": {picture.name: _svg(picture, prefix) for picture in pictures.pictures(source)},
+        "raised": len(judgement.lifecycles),
+        "verdicts": [_verdict(row, guests, clock) for row in records(source.verdicts)],
+        "more_verdicts": source.more_verdicts,
+        "ends": [end for end in ENDS if end in source.others.columns],
+        "others": [
+            {**row, "request": shown(row["request"]), "raised_by": judged.mostly(row)}
+            for row in records(source.others.head(MOST_ROWS))
         ],
-        "latency_figure": len(waits)
-        and _svg(
-            lambda axes: figures.draw_latency(waits, axes),
-            3.2,
-            "Share of requests that had ended by a time, as a band between both bounds; the table below "
-            "gives its quantiles.",
-            f"{prefix}-latency",
-        ),
+        "dropped": judged.dropped(judgement.lifecycles),
+        "findings": findings(judgement),
+        "more_lanes": len(source.verdicts) + source.more_verdicts - len(source.lanes),
+        "stories": list(_stories(source.lanes, source.story, guests, clock)) if len(source.lanes) else [],
+        "latency": [
+            {**_bounded(row, ("p50", "p90", "p99", "p999", "max")), "request": shown(row["request"])}
+            for row in records(source.latency.head(MOST_ROWS))
+        ],
+        "states": [
+            {
+                **_bounded(row, ("p50", "p99", "max")),
+                "request": shown(row["request"]),
+                "raised_in": judged.PLACES.get(row["raised_in"], shown(row["raised_in"])),
+            }
+            for row in records(source.states.head(MOST_ROWS))
+        ],
+        "maps": [
+            {
+                "request": shown(request),
+                "figure": pictures.map_name(request),
+                "rows": [
+                    {**_bounded(row, ("p50", "p99", "max")), "begin": clock.when(row["begin_ns"])}
+                    for row in records(source.series[request])
+                ],
+            }
+            for request in source.heat
+        ],
+        "ordering": _ordering(source),
+        "timeline": _timeline(source),
         "shutdowns": [
             {
                 "guest": judged.guest_of(row, guests).name,
@@ -153,26 +125,63 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
         "more_shutdowns": max(len(own) - MOST_ROWS, 0),
         "exposure": [(guest, survives(guest)) for guest in exposure[:_MOST_GUESTS]],
         "more_exposure": max(len(exposure) - _MOST_GUESTS, 0),
-        "exposure_figure": len(exposure)
-        and _svg(
-            lambda axes: figures.draw_exposure(exposure[:_MOST_BARS], axes),
-            0.24 * min(len(exposure), _MOST_BARS) + 0.7,
-            "vCPUs of each guest, by what a save would do to a pending shutdown; the table below says the same.",
-            f"{prefix}-exposure",
-        ),
         "losses": judged.losses(judgement),
-        "loss_figure": any(counts.values())
-        and _svg(
-            lambda axes: figures.draw_losses(counts, axes),
-            0.3 * sum(map(bool, counts.values())) + 0.7,
-            "What the tracer could not record, by cause; the list below says the same.",
-            f"{prefix}-loss",
-        ),
         "plan": [
             {key: shown(str(entry[key])) if entry.get(key) else "" for key in ("fact", "hook", "unseen")}
             for entry in judgement.meta.get("plan") or ()
         ],
         "facts": judged.recording_facts(judgement),
+    }
+
+
+# Quantiles of a row as the intervals that they are known within.
+def _bounded(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {**row, **{name: text.bounds(row, name) for name in names}}
+
+
+def _ordering(source: Source) -> dict[str, Any]:
+    if source.ordering is None:
+        return {}
+    rules, breaks = source.ordering.rules, source.ordering.breaks
+    titles = dict(zip(rules["rule"], rules["title"], strict=True))
+    return {
+        "rules": [
+            {**row, "tone": "bad" if row["broken"] else "unsure" if row["undecided"] or row["unchecked"] else "good"}
+            for row in records(rules)
+        ],
+        "breaks": [
+            {
+                "rule": titles.get(row["rule"], row["rule"]),
+                "guest": judged.guest_of(row, source.guests).name,
+                "vcpu": row["vcpu"],
+                "request": shown(row["request"]),
+                "time": source.clock.when(row["time_ns"]),
+                "story": shown(row["story"]),
+            }
+            for row in records(breaks.head(MOST_ROWS))
+        ],
+        "more": max(int(rules["broken"].sum()) - min(len(breaks), MOST_ROWS), 0),
+    }
+
+
+def _timeline(source: Source) -> dict[str, Any]:
+    timeline = source.timeline
+    if timeline is None:
+        return {}
+    rows = timeline.rows.sort_values(["begin_ns", "end_ns"], kind="stable")
+    return {
+        "title": shown(timeline.title),
+        "since": timeline.since,
+        "rows": [
+            {
+                "track": shown(row["track"]),
+                "name": "" if row["name"] == row["track"] else shown(row["name"]),
+                "begin": duration(row["begin_ns"] - timeline.begin_ns),
+                "length": duration(row["end_ns"] - row["begin_ns"]) if row["end_ns"] > row["begin_ns"] else "",
+            }
+            for row in records(rows.head(MOST_ROWS))
+        ],
+        "more": max(len(rows) - MOST_ROWS, 0),
     }
 
 
@@ -231,15 +240,9 @@ def _stories(
 
 
 # A figure as an <svg> element: without matplotlib's metadata, which holds addresses, and with ids of its own.
-def _svg(draw: Callable[[Axes], Axes], height: float, alternative: str, prefix: str) -> Markup:
-    file = io.StringIO()
-    with mpl.rc_context(figures.STYLE), warnings.catch_warnings():
-        # The text stays text: the browser has the glyphs that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        figure = Figure(figsize=(10, height), layout="constrained")
-        draw(figure.add_subplot())
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ET.fromstring(file.getvalue())
+def _svg(picture: pictures.Picture, part: str) -> Markup:
+    prefix = f"{part}-{picture.name}"
+    root = ET.fromstring(pictures.svg(picture))
     for parent in root.iter():
         for child in [child for child in parent if child.tag.endswith(("metadata", "}style"))]:
             parent.remove(child)
@@ -252,7 +255,7 @@ def _svg(draw: Callable[[Axes], Axes], height: float, alternative: str, prefix: 
         }
         if _XLINK in element.attrib:
             element.set("href", element.attrib.pop(_XLINK))
-    root.attrib.update({"role": "img", "aria-label": alternative})
+    root.attrib.update({"role": "img", "aria-label": picture.alternative})
     for name in ("width", "height"):
         root.attrib.pop(name, None)
     return Markup(ET.tostring(root, encoding="unicode"))  # ElementTree escapes text and attributes

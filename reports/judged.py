@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from probes.requests import BITS, bit_name, inexact
+from analysis.verdicts import ENDS
+from probes.requests import BITS, STATE, bit_name, inexact
 from reports.document import records
 from reports.words import Clock, clip, duration, guest, plural, shown
 
@@ -39,6 +40,22 @@ VMMS: Mapping[str, str] = {
 }
 
 
+#: Where a vCPU can be when a request is raised (a word of analysis.lifecycle.PLACES), in a few words for people.
+PLACES: Mapping[str, str] = {
+    "guest": "in the guest",
+    "kernel": "in the kernel",
+    "kvm_run": "in KVM_RUN",
+    "halted": "halted",
+    "ioctl": "in an ioctl",
+    "user_space": "in user space",
+    "unknown": "not seen",
+}
+
+#: The name of the request that ends a guest.
+TRIPLE_FAULT = "triple_fault"
+
+# Requests that a sentence names.
+_NAMED = 5
 # Cells of the name of a VMM that is not among them: it is whatever its file is called.
 _VMM = 24
 
@@ -63,17 +80,23 @@ class Guest(NamedTuple):
 def headline(judgement: Judgement) -> Headline:
     """Return the verdict on a recording."""
     lifecycles = judgement.lifecycles
-    lost, undecided, exposed = (
-        int((lifecycles["end"] == "lost").sum()),
-        undecided_count(judgement),
-        _exposed_count(lifecycles),
-    )
-    if lost:
-        return Headline(f"{plural(lost, 'request was', 'requests were')} LOST", "bad")
-    if undecided:
-        return Headline(f"{plural(undecided, 'request')} undecided, none seen lost", "unsure")
-    if exposed:
-        return Headline(f"nothing lost so far, {plural(exposed, 'request')} still exposed", "unsure")
+    lost = lifecycles["end"] == "lost"
+    undecided = lifecycles["end"] == "undecided"
+    carries = _carries(lifecycles)
+    exposed = _exposed(lifecycles)
+    which = _which(judgement, lifecycles[lost])
+    if lost.any():
+        return Headline(f"{plural(int(lost.sum()), 'request was', 'requests were')} LOST{which}", "bad")
+    if (undecided & carries).any():
+        return Headline(f"{plural(int((undecided & carries).sum()), 'request')} undecided, none seen lost", "unsure")
+    if exposed.any():
+        return Headline(f"nothing lost so far, {plural(int(exposed.sum()), 'request')} still exposed", "unsure")
+    if undecided.any():
+        count = int(undecided.sum())
+        rest = (
+            f"how {plural(count, 'request that carries no state', 'requests that carry no state')} ended was not seen"
+        )
+        return Headline(f"nothing seen lost; {rest}", "unsure")
     if judgement.exit_status == 4:
         return Headline("nothing seen lost, but not everything was seen", "unsure")
     if lifecycles.empty:
@@ -81,9 +104,10 @@ def headline(judgement: Judgement) -> Headline:
     return Headline("nothing lost", "good")
 
 
-def undecided_count(judgement: Judgement) -> int:
-    """Return how many requests could not be judged."""
-    return int((judgement.lifecycles["end"] == "undecided").sum())
+# Which requests, where several kinds were watched.
+def _which(judgement: Judgement, lifecycles: pd.DataFrame) -> str:
+    names = sorted(map(str, lifecycles["request"].unique()))
+    return f": {', '.join(map(shown, names))}" if len(judgement.meta["requests"]) > 1 or len(names) > 1 else ""
 
 
 def watched(judgement: Judgement) -> str:
@@ -159,14 +183,69 @@ def vmm(name: object) -> str:
     return VMMS.get(name.lower().replace("_", "-").replace(" ", "-"), clip(shown(name), _VMM))
 
 
-def ranked(lifecycles: pd.DataFrame) -> pd.DataFrame:
-    """Return the lifecycles with those that need an operator first, then in order of time."""
-    return lifecycles.iloc[np.lexsort((lifecycles["raised_ns"], _rank(lifecycles)))]
+def ranked(lifecycles: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
+    """Return the lifecycles, or the first of them, with those that need an operator first, then in order of time."""
+    keys = lifecycles["raised_ns"], ~_carries(lifecycles), _rank(lifecycles)
+    return lifecycles.iloc[np.lexsort(keys)[:most]]
 
 
 def needs_action(lifecycles: pd.DataFrame) -> pd.Series[bool]:
-    """Return which lifecycles an operator must do something about."""
-    return _rank(lifecycles) < _RANKS.index("open")
+    """Return which lifecycles an operator must do something about.
+
+    A request without guest-visible state is none of them, whatever became of it.
+    """
+    return (_rank(lifecycles) < _RANKS.index("open")) & (_carries(lifecycles) | (lifecycles["end"] != "undecided"))
+
+
+def one_by_one(lifecycles: pd.DataFrame) -> pd.Series[bool]:
+    """Return which lifecycles a report tells one by one; there can be millions of the others.
+
+    Those that need an operator, those that were in danger, and each triple fault: it is the end of a guest.
+    """
+    pending = lifecycles["end"].isin(("open", "abandoned", "handed_over"))
+    return needs_action(lifecycles) | (pending & _carries(lifecycles)) | (lifecycles["request"] == TRIPLE_FAULT)
+
+
+def grouped(lifecycles: pd.DataFrame) -> pd.DataFrame:
+    """Return how many requests ended how: a row for each request, the most frequent first.
+
+    Columns: ``request``, a column for each end that occurs, in the order of :data:`analysis.verdicts.ENDS`, ``count``,
+    ``raised_by`` (by whom most were) and ``share`` of these.
+    """
+    sizes = lifecycles.groupby(["request", "end", "raised_by"], sort=False).size().rename("count").reset_index()
+    ends = sizes.pivot_table(index="request", columns="end", values="count", aggfunc="sum", fill_value=0)
+    by = sizes.groupby(["request", "raised_by"], sort=False)["count"].sum().reset_index()
+    most = by.sort_values("count", ascending=False, kind="stable").drop_duplicates("request").set_index("request")
+    table = ends[[end for end in ENDS if end in ends.columns]].astype("int64")
+    table["count"] = table.sum(axis="columns")
+    table["raised_by"] = most["raised_by"]
+    table["share"] = most["count"] / table["count"]
+    return table.sort_values("count", ascending=False, kind="stable").reset_index()
+
+
+def mostly(row: Mapping[str, Any]) -> str:
+    """Return by whom most requests of a row of :func:`grouped` were raised."""
+    by, share = shown(row["raised_by"]), row["share"]
+    return by if share == 1 else f"{by} {max(min(round(share * 100), 99), 1)} %"
+
+
+def dropped(lifecycles: pd.DataFrame) -> str:
+    """Say how many requests without guest-visible state ended with their vCPU; empty if none did."""
+    names = lifecycles["request"][(lifecycles["end"] == "abandoned") & ~_carries(lifecycles)]
+    if names.empty:
+        return ""
+    counts = names.value_counts()
+    told = [f"{shown(str(name))} {count:,}" for name, count in counts.head(_NAMED).items()]
+    told += ["others"] if len(counts) > _NAMED else []
+    were = plural(len(names), "request was", "requests were")
+    return (
+        f"{were} dropped with the vCPU ({', '.join(told)}). That is no loss: none carries guest-visible state, "
+        "which a save would have to keep."
+    )
+
+
+def _carries(lifecycles: pd.DataFrame) -> pd.Series[bool]:
+    return lifecycles["request"].isin(STATE)
 
 
 # The place of each row in _RANKS; a request that lived through a blind save comes before those that were
@@ -184,10 +263,6 @@ def _exposed(lifecycles: pd.DataFrame) -> pd.Series[bool]:
     return (lifecycles["end"] == "open") & lifecycles["exposed"].astype(bool)
 
 
-def _exposed_count(lifecycles: pd.DataFrame) -> int:
-    return int(_exposed(lifecycles).sum())
-
-
 def outcome(row: Mapping[str, Any]) -> str:
     """Return the end of a lifecycle with what qualifies it, such as ``delivered, stale``."""
     marks = [str(row["end"])]
@@ -196,25 +271,6 @@ def outcome(row: Mapping[str, Any]) -> str:
     if row["end"] in _SERVED and row["stale"]:
         marks.append("stale")
     return ", ".join(marks)
-
-
-def waits(lifecycles: pd.DataFrame) -> pd.DataFrame:
-    """Return how long each ended request was pending, within bounds.
-
-    One row for each lifecycle that ended and was decided: ``request``, ``end``, ``lower_ns``, ``upper_ns``.
-    The upper bound of a request that was pending when tracing began would reach back to the boot of the host:
-    such rows are left out.
-    """
-    known = (lifecycles["ended_ns"] >= 0) & (lifecycles["raised_after_ns"] > 0) & (lifecycles["end"] != "undecided")
-    ended = lifecycles[known]
-    return pd.DataFrame(
-        {
-            "request": ended["request"],
-            "end": ended["end"],
-            "lower_ns": np.maximum(ended["ended_after_ns"].astype("int64") - ended["raised_ns"].astype("int64"), 0),
-            "upper_ns": ended["ended_ns"].astype("int64") - ended["raised_after_ns"].astype("int64"),
-        }
-    )
 
 
 def wait(row: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -271,6 +327,11 @@ def losses(judgement: Judgement) -> Sequence[Fact]:
     loss = judgement.loss
     facts = [
         (loss.ring_full, "ring full", "events for which the ring had no room"),
+        (
+            loss.kicks,
+            "kicks",
+            "kicks, and requests to several vCPUs, for which the ring had no room: no verdict hangs on them",
+        ),
         (
             loss.map_full,
             "map full",

@@ -8,40 +8,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.verdicts import ENDS
 from reports.advice import findings, survives
 from reports.document import records
 from reports.judged import (
+    PLACES,
     Fact,
     Guest,
+    dropped,
     guest_of,
     guests,
     headline,
     losses,
     names_remark,
     outcome,
-    ranked,
     unseen,
     watched,
     where,
 )
-from reports.words import Clock, Column, aligned, columns, interval, native, plural, short, shown, wrap
+from reports.words import Clock, Column, aligned, bound, columns, interval, native, plural, short, shown, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.judge import Judgement
+    from reports.source import Source
 
 #: Rows of a table that a terminal gets; those that need an operator come first.
 MOST_ROWS = 40
+_MOST_LATENCIES, _MOST_STATES, _MOST_BREAKS = 20, 12, 5
 
 
-def report(judgement: Judgement, latency: pd.DataFrame) -> str:
-    """Return the whole report; ``latency`` is the summary by request and end."""
+def report(source: Source) -> str:
+    """Return the whole report."""
+    judgement = source.judgement
     parts = (
         _headline(judgement),
-        _verdicts(judgement),
+        _verdicts(source),
         _findings(judgement),
-        _latency(latency),
+        _latency(source),
+        _states(source),
+        _ordering(source),
         _shutdowns(judgement),
         _exposure(judgement.vms),
         _losses(judgement),
@@ -98,13 +105,35 @@ def _headline(judgement: Judgement) -> Iterator[str]:
         yield from wrap(remark, first="  ")
 
 
-def _verdicts(judgement: Judgement) -> Iterator[str]:
+def _verdicts(source: Source) -> Iterator[str]:
+    judgement, rows, others = source.judgement, source.verdicts, source.others
     if judgement.lifecycles.empty:
         return
-    known = guests(judgement.vms)
-    rows = ranked(judgement.lifecycles)
-    requests = list(rows["request"].unique())
-    alone = len(requests) == 1
+    alone = judgement.lifecycles["request"].nunique() == 1
+    if len(rows):
+        title = f"Verdicts on {shown(str(rows['request'].iloc[0]))}" if alone else "Verdicts"
+        yield from _one_by_one(source, title, alone=alone)
+    if len(others):
+        if len(rows):
+            yield ""
+        yield "The others, by how they ended" if len(rows) else "Requests, by how they ended"
+        ends = [end for end in ENDS if end in others.columns]
+        layout = [Column("request", least=8), *(Column(end, right=True) for end in ends)]
+        table = [[shown(row["request"]), *(short(row[end]) for end in ends)] for row in records(others.head(MOST_ROWS))]
+        yield from columns(layout, table)
+        if len(others) > MOST_ROWS:
+            yield f"  and {plural(len(others) - MOST_ROWS, 'more', 'more')}, with --html"
+    summary = ", ".join(f"{end} {count:,}" for end, count in judgement.summary.items() if count)
+    yield from wrap(f"In all: {summary}", first="  ", rest=" " * 10)
+    if len(rows):
+        yield "  exits: returns to user space while pending; blind: saves that left it out"
+    lost_nothing = dropped(judgement.lifecycles)
+    if lost_nothing:
+        yield from wrap(lost_nothing, first="  ")
+
+
+def _one_by_one(source: Source, title: str, *, alone: bool) -> Iterator[str]:
+    rows = source.verdicts
     layout = [
         Column("guest", least=8),
         Column("vCPU", right=True),
@@ -117,7 +146,7 @@ def _verdicts(judgement: Judgement) -> Iterator[str]:
     ]
     table = [
         [
-            guest_of(row, known).name,
+            guest_of(row, source.guests).name,
             str(row["vcpu"]),
             *([] if alone else [shown(row["request"])]),
             shown(row["raised_by"]),
@@ -126,13 +155,11 @@ def _verdicts(judgement: Judgement) -> Iterator[str]:
         ]
         for row in records(rows.head(MOST_ROWS))
     ]
-    yield from wrap(f"Verdicts on {shown(requests[0])}" if alone else "Verdicts")
+    yield title
     yield from columns(layout, table)
-    if len(rows) > MOST_ROWS:
-        yield from wrap(f"and {plural(len(rows) - MOST_ROWS, 'more', 'more')}, with --format csv or json", first="  ")
-    summary = ", ".join(f"{end} {count:,}" for end, count in judgement.summary.items() if count)
-    yield from wrap(f"In all: {summary}", first="  ", rest=" " * 10)
-    yield "  exits: returns to user space while pending; blind: saves that left it out"
+    more = len(rows) + source.more_verdicts - len(table)
+    if more:
+        yield from wrap(f"and {plural(more, 'more', 'more')}, with --format csv or json", first="  ")
 
 
 def _findings(judgement: Judgement) -> Iterator[str]:
@@ -149,29 +176,105 @@ def _findings(judgement: Judgement) -> Iterator[str]:
             yield from wrap(step, first=f"  {number}. ")
 
 
-def _latency(latency: pd.DataFrame) -> Iterator[str]:
+def _latency(source: Source) -> Iterator[str]:
+    latency = source.latency
     if latency.empty:
         return
-    rows = records(latency)
-    alone = len({row["request"] for row in rows}) == 1
-    quantiles = ("p50", "p99", "max")
+    yield "Time from raise to end"
+    if latency["request"].nunique() == 1:
+        rows = records(latency.head(MOST_ROWS))
+        quantiles = ("p50", "p99", "max")
+        layout = [
+            Column("end"),
+            Column("count", right=True),
+            *(Column(_QUANTILES[name], right=True) for name in quantiles),
+        ]
+        yield from columns(
+            layout, [[row["end"], short(row["count"]), *(bounds(row, name) for name in quantiles)] for row in rows]
+        )
+        return
+    # Of each request the end that most of them had. Four intervals do not fit beside each other: a line for what the
+    # times were at least, and one for what they were at most.
+    usual = latency.loc[sorted(latency.groupby("request", sort=False)["count"].idxmax())]
+    rows = records(usual[usual["count"] > 0].head(_MOST_LATENCIES))
     layout = [
-        *([] if alone else [Column("request", least=8)]),
-        Column("end"),
+        Column("request, end", least=12),
         Column("count", right=True),
-        *(Column(name if name == "max" else f"{name[1:]} %", right=True) for name in quantiles),
+        Column(""),
+        *(Column(heading, right=True) for heading in _QUANTILES.values()),
+    ]
+    table = []
+    for row in rows:
+        for first, count, word, side in (
+            (shown(row["request"]), short(row["count"]), "from", "lower"),
+            (f"  {row['end']}", "", "to", "upper"),
+        ):
+            values = (row[f"{name}_{side}_ns"] for name in _QUANTILES)
+            told = ["-" if value is None else bound(value, up=side == "upper") for value in values]
+            table.append([first, count, word, *told])
+    yield from columns(layout, table)
+    more = len(latency) - len(rows)
+    if more:
+        yield f"  and {plural(more, 'more', 'more')}, other ends and rarer ones, with --html"
+
+
+# How a quantile is called.
+_QUANTILES = {"p50": "50 %", "p99": "99 %", "p999": "99.9 %", "max": "longest"}
+
+
+def _states(source: Source) -> Iterator[str]:
+    states = source.states
+    if states.empty:
+        return
+    order = states.sort_values("count", ascending=False, kind="stable")
+    layout = [
+        Column("request", least=8),
+        Column("the vCPU was"),
+        Column("count", right=True),
+        Column("99 %", right=True),
+        Column("longest", right=True),
     ]
     table = [
         [
-            *([] if alone else [shown(row["request"])]),
-            row["end"],
+            shown(row["request"]),
+            PLACES.get(row["raised_in"], shown(row["raised_in"])),
             short(row["count"]),
-            *(bounds(row, name) for name in quantiles),
+            bounds(row, "p99"),
+            bounds(row, "max"),
         ]
-        for row in rows
+        for row in records(order.head(_MOST_STATES))
     ]
-    yield "Time from raise to end"
+    yield "Where the vCPU was when they were raised"
     yield from columns(layout, table)
+    if len(order) > _MOST_STATES:
+        yield f"  the most frequent; and {plural(len(order) - _MOST_STATES, 'more', 'more')}, with --html"
+
+
+def _ordering(source: Source) -> Iterator[str]:
+    if source.ordering is None:
+        return
+    rules, breaks = records(source.ordering.rules), source.ordering.breaks
+    yield "Rules of ordering"
+    counted = [
+        [_rule(row), *(short(row[name]) for name in ("checked", "broken", "undecided"))]
+        for row in rules
+        if not row["unchecked"] or row["checked"] or row["broken"] or row["undecided"]
+    ]
+    layout = [Column("rule", least=20), *(Column(name, right=True) for name in ("checked", "broken", "undecided"))]
+    yield from columns(layout, counted)
+    for row in rules:
+        if row["unchecked"]:
+            yield from wrap(f"{_rule(row)} not checked: {shown(row['unchecked'])}", first="  - ")
+    for row in records(breaks.head(_MOST_BREAKS)):
+        where = f"{guest_of(row, source.guests).name} vCPU {row['vcpu']}, {source.clock.time(row['time_ns'])} UTC"
+        yield from wrap(f"{_rule(row)}, {where}: {shown(row['story'])}", first="  - ")
+    more = sum(row["broken"] for row in rules) - min(len(breaks), _MOST_BREAKS)
+    if more > 0:
+        yield f"  and {plural(more, 'break')} more, with --format json"
+
+
+def _rule(row: Mapping[str, Any]) -> str:
+    return shown(str(row["rule"])).replace("_", " ")
 
 
 def bounds(row: Mapping[str, Any], quantile: str) -> str:

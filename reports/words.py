@@ -139,6 +139,17 @@ def interval(lower_ns: int, upper_ns: int | None) -> str:
     return f"{low}-{high} {name}"
 
 
+def bound(ns: int, *, up: bool) -> str:
+    """Return one bound of a length of time, rounded away from the other one.
+
+    >>> bound(8_149, up=False), bound(8_149, up=True)
+    ('8.14 µs', '8.15 µs')
+    """
+    if ns >= 2 * _MINUTE_NS:
+        return _long(ns, up=up)
+    return "{} {}".format(*_scaled(ns, ns, "up" if up else "down"))
+
+
 def unit(ns: float) -> tuple[str, int]:
     """Return the unit to show a time of this size in, and its nanoseconds."""
     return next(((name, size) for name, size in _UNITS if abs(ns) >= size), _UNITS[-1])
