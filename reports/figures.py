@@ -609,6 +609,7 @@ def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:
     A break of a rule is marked where it was seen, in the lane of its request.
     """
     rows, breaks = timeline.rows, timeline.breaks
+    rows = rows[(rows["end_ns"] >= timeline.begin_ns) & (rows["begin_ns"] <= timeline.end_ns)]
     if rows.empty:
         return _nothing(axes, "nothing was recorded of it")
     present = list(dict.fromkeys(rows["track"]))
@@ -623,6 +624,8 @@ def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:
     axes.set_xlim(0, end - begin)
     for track in lanes:
         own = (rows["track"] == track).to_numpy(dtype=bool)
+        # What only touches the edge is not in here.
+        own = own & ((left < right) | ((left > 0) & (right < end - begin)))
         if track == _KICK:
             _draw_kicks(axes, place[track], left[own].astype(float), rows["name"][own].tolist())
             continue

@@ -93,6 +93,7 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
             {**_bounded(row, ("p50", "p90", "p99", "p999", "max")), "request": shown(row["request"])}
             for row in records(source.latency.head(MOST_ROWS))
         ],
+        "unknown_latencies": source.unknown_latencies,
         "states": [
             {
                 **_bounded(row, ("p50", "p99", "max")),

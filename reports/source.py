@@ -98,8 +98,17 @@ class Source:
     @cached_property
     def latency(self) -> pd.DataFrame:
         """Return the distribution of latencies by request and end, the slowest first."""
-        table = latency.by_request(self.judgement.lifecycles)
+        table = self._latency[self._latency["count"] > 0]
         return table.sort_values("p99_upper_ns", ascending=False, kind="stable", na_position="last", ignore_index=True)
+
+    @cached_property
+    def _latency(self) -> pd.DataFrame:
+        return latency.by_request(self.judgement.lifecycles)
+
+    @property
+    def unknown_latencies(self) -> int:
+        """Return how many requests no latency is known of."""
+        return int(self._latency["excluded"].sum())
 
     @cached_property
     def waits(self) -> pd.DataFrame:
