@@ -151,7 +151,9 @@ def heat(lifecycles: pd.DataFrame, parts: int = 60) -> pd.DataFrame:
 
 def _known(lifecycles: pd.DataFrame) -> Array:
     ended = lifecycles["ended_ns"].to_numpy() >= 0
-    known: Array = ended & (lifecycles["raised_by"] != "unknown").to_numpy(bool)
+    # Requests that a vCPU is created with have a raiser, but no earliest moment.
+    seen = (lifecycles["raised_by"] != "unknown").to_numpy(bool) & (lifecycles["raised_after_ns"].to_numpy() > 0)
+    known: Array = ended & seen
     return known
 
 

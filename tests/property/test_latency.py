@@ -67,7 +67,7 @@ def known(rows: Sequence[Row]) -> list[Row]:
             "upper_ns": row["ended_ns"] - row["raised_after_ns"],
         }
         for row in rows
-        if row["ended_ns"] >= 0 and row["raised_by"] != "unknown"
+        if row["ended_ns"] >= 0 and row["raised_by"] != "unknown" and row["raised_after_ns"] > 0
     ]
 
 
