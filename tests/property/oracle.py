@@ -367,6 +367,8 @@ def _place(event: Event, last_kind: int | None) -> str:
 def _saved(carried_by: str, request: Pending, event: Event, before: bool) -> None:
     if event.kind != Kind.SAVE or not event.succeeded:
         return
+    if event.flags & Flag.SYNC and carried_by in ("nothing", "unknown"):
+        return
     if carried_by == "vcpu_events_flag":
         carried = bool(event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING)
     elif not before or carried_by == "unknown":

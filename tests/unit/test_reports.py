@@ -566,7 +566,7 @@ def test_names_that_are_another_release_s_are_never_silent(exact: bool | None) -
     """Text, page and document say that the table of names is not the kernel's own; an old recording cannot."""
     told = {} if exact is None else {"requests_table": "7.77", "requests_table_exact": exact}
     found = judgement(meta={**META, **told})
-    for written in (text.report(found, latency(found)), html.page([source(found)])):
+    for written in (text.report(source(found)), html.page([source(found)])):
         assert ("7.77" in written) == (exact is False)
     assert document.document(found)["recording"]["requests_table_exact"] is exact
 
