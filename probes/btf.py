@@ -166,9 +166,19 @@ class Btf:
         prototype = self._type(self._type(self._type(pointer).size).size)
         if prototype.kind != _FUNC_PROTO:
             raise MissingField(f"btf_trace_{tracepoint} is no pointer to a function")
+        return self._parameters(prototype)[1:]
+
+    def parameters(self, function: str) -> tuple[str, ...]:
+        """Return the names of the types of a function's arguments.
+
+        Raises :class:`MissingField` when the kernel's BTF has no such function.
+        """
+        return self._parameters(self._type(self._type(self.function(function)).size))
+
+    def _parameters(self, prototype: _Type) -> tuple[str, ...]:
         first = ctypes.addressof(prototype) + ctypes.sizeof(_Type)
         pairs = (_Pair * prototype.count).from_address(first)
-        return tuple(self._spelled(pair.type) for pair in pairs[1:])
+        return tuple(self._spelled(pair.type) for pair in pairs)
 
     def _spelled(self, number: int) -> str:
         if number == 0:

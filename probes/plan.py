@@ -6,12 +6,17 @@ version; ``doctor`` prints it, the recording carries it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
+from probes import guest
 from probes.schema import Site
+
+#: The types of what raw tracepoints hand over, by tracepoint; None where no BTF tells.
+Arguments = Mapping[str, Sequence[str] | None]
 
 
 class Via(StrEnum):
@@ -45,6 +50,8 @@ class Hook:
     unseen: str  # what stays unseen without it
     required: bool = False  # without it the engine proves nothing
     site: Site | None = None  # for a program that is made from SITE()
+    full: bool = False  # in detail full only
+    other: str | None = None  # program to try where the kernel refuses that one
 
     @property
     def vendor(self) -> str | None:
@@ -75,6 +82,7 @@ class Blind:
 
     fact: str
     unseen: str
+    full: bool = False  # in detail full only
 
     def as_json(self) -> dict[str, Any]:
         """Return the line of the plan that doctor prints and recordings carry."""
@@ -88,6 +96,70 @@ _RUN_RETURNED = Hook(
     "on_userspace_exit",
     "returns of KVM_RUN: nothing can be judged",
     required=True,
+)
+
+# Detail full. These are set last: by then every KVM_RUN is seen to begin, so that a vCPU that is first met inside one
+# is met so once. What ends something comes before what begins it.
+_GUEST = (
+    Hook(
+        "the guest is entered, with which requests",
+        Via.RAW_TRACEPOINT,
+        "kvm_entry",
+        "on_guest_entry",
+        "entries of the guest",
+        full=True,
+    ),
+    Hook(
+        "the guest was left, why, and with which requests",
+        Via.RAW_TRACEPOINT,
+        "kvm_exit",
+        "on_guest_exit",
+        "exits of the guest",
+        full=True,
+    ),
+    Hook(
+        "a vCPU stops blocking, with which requests",
+        Via.RAW_TRACEPOINT,
+        "kvm_vcpu_wakeup",
+        "on_wakeup",
+        "wake-ups",
+        full=True,
+    ),
+)
+_ALL, _SOME = "every vCPU of a VM", "some vCPUs of a VM"
+# Functions that raise a request of several vCPUs, each with whom it means; the first ones may call the later ones.
+_REQUESTERS = {
+    "kvm_make_all_cpus_request": _ALL,
+    "kvm_make_all_cpus_request_except": _ALL,  # or of every one but one
+    "kvm_make_vcpus_request_mask": _SOME,
+}
+_KICKS = (
+    *(
+        Hook(
+            f"a request was raised of {who}, and the requester goes on",
+            Via.KRETPROBE,
+            function,
+            f"after_{function}",
+            f"when a requester of {who} went on, and which vCPUs it left in guest mode ({function})",
+            full=True,
+        )
+        for function, who in _REQUESTERS.items()
+    ),
+    *(
+        Hook(
+            f"a request is about to be raised of {who}, by whom",
+            Via.KPROBE,
+            function,
+            f"on_{function}",
+            f"who raised a request of {who} ({function})",
+            full=True,
+        )
+        for function, who in _REQUESTERS.items()
+    ),
+    *(
+        Hook("a vCPU is kicked, by whom, with which requests", Via.KPROBE, function, "on_kick", "kicks", full=True)
+        for function in ("kvm_vcpu_kick", "__kvm_vcpu_kick")
+    ),
 )
 
 # The order is the order of attaching: what ends an ioctl before what begins one, so that no begin goes without its end.
@@ -124,6 +196,7 @@ TRACEPOINT = (
         "restores and the end of vCPUs: nothing can be judged",
         required=True,
     ),
+    *_GUEST,
 )
 TRACEPOINT_BLIND = (
     Blind(
@@ -136,6 +209,9 @@ TRACEPOINT_BLIND = (
     ),
     Blind("events set through kvm_run (KVM_SYNC_X86_EVENTS)", "a request that they raise is raised_by kvm_run"),
     Blind("ioctls of 32-bit processes", "such a VMM is not traced"),
+    Blind(
+        "who kicks a vCPU, and who raises a request of several", "kicks: no function inside KVM is hooked", full=True
+    ),
 )
 
 
@@ -246,17 +322,31 @@ KPROBE = (
         required=True,
     ),
 )
+KPROBE_FULL = (*_GUEST, *_KICKS)
+_INLINED = Blind(
+    "raises inside inlined functions (mmu_check_root, svm_handle_mce, enter_smm_save_state_64)",
+    "raised_by is kvm_run",
+)
+# probes/programs/full.c looks at so many.
+_FAR = Blind(
+    "whether a vCPU beyond the first 64 of its VM was in guest mode when the requester that waits for it went on",
+    "a requester that went on too early for such a vCPU",
+    full=True,
+)
 KPROBE_BLIND = (
+    _INLINED,
+    _FAR,
     Blind(
-        "raises inside inlined functions (mmu_check_root, svm_handle_mce, enter_smm_save_state_64)",
-        "raised_by is kvm_run",
+        "kicks by an interrupt that arrives while a probe of its CPU is at work",
+        "such a kick: the kernel leaves out that run of the probe, and BPF is not told",
+        full=True,
     ),
 )
 
 # The same functions through trampolines: cheaper, and no end of a function is missed.
 _TRAMPOLINES = {Via.KPROBE: Via.FENTRY, Via.KRETPROBE: Via.FEXIT}
-FENTRY = tuple(replace(hook, via=_TRAMPOLINES.get(hook.via, hook.via)) for hook in KPROBE)
-FENTRY_BLIND = KPROBE_BLIND
+FENTRY = tuple(replace(hook, via=_TRAMPOLINES.get(hook.via, hook.via)) for hook in (*KPROBE, *KPROBE_FULL))
+FENTRY_BLIND = (_INLINED, _FAR)
 
 
 def _event(hook: Hook) -> Hook:
@@ -329,7 +419,7 @@ FTRACE = (
     _event(KPROBE[-1]),
 )
 FTRACE_BLIND = (
-    *KPROBE_BLIND,
+    _INLINED,
     Blind(
         "whether an ioctl that writes registers succeeded (KVM_SET_REGS, KVM_SET_SREGS)",
         "it counts as a success: only its requests are read where it ends",
@@ -342,7 +432,7 @@ FTRACE_BLIND = (
 
 HOOKS: Mapping[str, tuple[tuple[Hook, ...], tuple[Blind, ...]]] = {
     "tracepoint": (TRACEPOINT, TRACEPOINT_BLIND),
-    "kprobe": (KPROBE, KPROBE_BLIND),
+    "kprobe": ((*KPROBE, *KPROBE_FULL), KPROBE_BLIND),
     "fentry": (FENTRY, FENTRY_BLIND),
     "ftrace": (FTRACE, FTRACE_BLIND),
 }
@@ -372,18 +462,38 @@ class Plan:
         hooks = tuple(Planned(one.hook, f"refused: {why}") if one.hook == hook else one for one in self.hooks)
         return replace(self, hooks=hooks)
 
+    def taking(self, hook: Hook) -> Plan:
+        """Return the plan with the other program of a hook, since the kernel has refused the first."""
+        taken = Planned(replace(hook, program=hook.other or hook.program, other=None))
+        return replace(self, hooks=tuple(taken if one.hook == hook else one for one in self.hooks))
+
     def as_json(self) -> list[dict[str, Any]]:
         """Return the plan as doctor prints it and recordings carry it."""
         return [*(planned.as_json() for planned in self.hooks), *(blind.as_json() for blind in self.blind)]
 
 
 # Where raw tracepoint programs can be preempted, the one of another task on that CPU is left out meanwhile, and what it
-# would have told is missed. Programs on trace events are not preempted, and cost more.
+# would have told is missed. Programs on trace events are not preempted, and cost more. Those of kvm_entry, kvm_exit and
+# kvm_vcpu_wakeup tell no vCPU there: their raw programs stay, and what is left out of them is counted.
 _NOT_PREEMPTED = {
     "sys_enter": "raw_syscalls:sys_enter",
     "sys_exit": "raw_syscalls:sys_exit",
     "kvm_userspace_exit": "kvm:kvm_userspace_exit",
 }
+
+
+def planned(hook: Hook, functions: Collection[str], tracepoints: Collection[str], arguments: Arguments) -> Planned:
+    """Return a hook with the program that fits a kernel with these functions and raw tracepoints, or what it lacks."""
+    if hook.via not in _TRACEPOINTS:
+        return Planned(hook, None if hook.target in functions else "this kernel has no such function, or it is inlined")
+    if hook.target not in tracepoints:
+        return Planned(hook, "this kernel has no such tracepoint")
+    if hook.via is Via.RAW_TRACEPOINT and hook.target in guest.TRACEPOINTS:
+        fitting = guest.programs(hook.target, arguments.get(hook.target))
+        if not fitting:
+            return Planned(hook, "its arguments are not those that kvmreq knows")
+        return Planned(replace(hook, program=fitting[0], other=fitting[1] if fitting[1:] else None))
+    return Planned(hook)
 
 
 def make(
@@ -393,29 +503,32 @@ def make(
     *,
     vendors: Collection[str] | None = None,
     preempted: bool = False,
+    full: bool = False,
+    arguments: Arguments = MappingProxyType({}),
 ) -> Plan:
     """Return the plan of an engine for a kernel with these functions and these raw tracepoints.
 
     ``vendors``: the flavours of KVM that are loaded, if that is known: what only another one has is left out.
-    ``preempted``: this kernel preempts raw tracepoint programs. Of several hooks that tell the same fact those that
-    exist do.
+    ``preempted``: this kernel preempts raw tracepoint programs. ``full``: for detail full. ``arguments``: what raw
+    tracepoints hand over. Of several hooks that tell the same fact those that exist do.
     """
     hooks, blind = HOOKS[engine]
 
-    def missing(hook: Hook) -> str | None:
-        if hook.via in _TRACEPOINTS:
-            return None if hook.target in tracepoints else "this kernel has no such tracepoint"
-        return None if hook.target in functions else "this kernel has no such function, or it is inlined"
-
-    def best(hook: Hook) -> Hook:
+    def best(one: Planned) -> Planned:
+        hook = one.hook
         if preempted and hook.via is Via.RAW_TRACEPOINT and hook.target in _NOT_PREEMPTED:
-            return replace(hook, via=Via.TRACEPOINT, target=_NOT_PREEMPTED[hook.target])
-        return hook
+            return replace(one, hook=replace(hook, via=Via.TRACEPOINT, target=_NOT_PREEMPTED[hook.target]))
+        return one
 
-    here = [hook for hook in hooks if vendors is None or hook.vendor is None or hook.vendor in vendors]
-    told = {hook.fact for hook in here if missing(hook) is None}
-    planned = [(best(hook), missing(hook)) for hook in here if missing(hook) is None or hook.fact not in told]
-    return Plan(engine, tuple(Planned(hook, why) for hook, why in planned), blind)
+    asked = [hook for hook in hooks if full or not hook.full]
+    here = [
+        planned(hook, functions, tracepoints, arguments)
+        for hook in asked
+        if vendors is None or hook.vendor is None or hook.vendor in vendors
+    ]
+    told = {one.hook.fact for one in here if one.missing is None}
+    lines = tuple(best(one) for one in here if one.missing is None or one.hook.fact not in told)
+    return Plan(engine, lines, tuple(one for one in blind if full or not one.full))
 
 
 def tells(plan: Iterable[Mapping[str, Any]]) -> frozenset[str]:

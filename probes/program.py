@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from probes import schema
+from probes import guest, schema
 from probes.btf import Btf
+from probes.exits import UNREADABLE
 from probes.plan import Hook, Plan, Via
 from probes.requests import TRIPLE_FAULT
 
@@ -45,6 +46,9 @@ _FIELDS = (
     # not asked where the statistic is there.
     ("OFFSET_GUEST_MODE", "kvm_vcpu.stat.guest_mode", True),
     ("OFFSET_HFLAGS", "kvm_vcpu.arch.hflags", True),
+    # What detail full tells of other vCPUs.
+    ("OFFSET_MODE", "kvm_vcpu.mode", True),
+    ("OFFSET_VCPU_IDX", "kvm_vcpu.vcpu_idx", True),
 )
 
 # Every type whose size they need where bpf_task_pt_regs() is missing. The stack of a task (THREAD_SIZE) is as large as
@@ -86,12 +90,14 @@ def offsets(btf: Btf) -> dict[str, int]:
     for constant, what in _SIZES:
         if btf.has(what):
             found[constant] = btf.size(what)
+    found |= guest.mask_arguments(btf)
     found["OFFSET_PRIVATE_DATA"] = btf.offset("file.private_data") - found["OFFSET_F_OP"]
     return found
 
 
-# The file of each engine's programs.
+# The file of each engine's programs, and those that it has in detail full.
 _FILES = {"tracepoint": "tracepoint.c", "kprobe": "functions.c", "fentry": "functions.c"}
+_FULL = {"tracepoint": ("full.c", "guest.c"), **dict.fromkeys(("kprobe", "fentry"), ("kicks.c", "full.c", "guest.c"))}
 #: Engines that are programs.
 ENGINES = tuple(_FILES)
 # How BCC finds out from the name of a program where it belongs: PREFIX__MODULE__FUNCTION.
@@ -121,6 +127,8 @@ def source(
     constants = {
         "WATCHED": f"{settings.watched:#x}ULL",
         "FULL": str(int(settings.full)),
+        "KICKS": str(int("kicks.c" in _FULL[plan.engine])),
+        "UNREADABLE": f"{UNREADABLE:#x}",
         "FENTRY": str(int(plan.engine == "fentry")),
         "TRACE_EVENTS": str(int(any(hook.via is Via.TRACEPOINT for hook in plan.attachable))),
         "FILTER": str(int(settings.filtered)),
@@ -151,6 +159,7 @@ def source(
             schema.c_struct(),
             programs.joinpath("vcpu.c").read_text(),
             programs.joinpath(_FILES[plan.engine]).read_text(),
+            *(programs.joinpath(name).read_text() for name in (_FULL[plan.engine] if settings.full else ())),
             *sites,
             *trampolines,
             *(programs.joinpath(name).read_text() for name in more.files),

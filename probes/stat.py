@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from probes.btf import Btf, MissingField
-from probes.exits import UNREADABLE, Kind
-from probes.plan import KPROBE, TRACEPOINT, Blind, Hook, Plan, Planned, Via
+from probes.exits import Kind
+from probes.plan import KPROBE, TRACEPOINT, Arguments, Blind, Hook, Plan, Via, planned
 
+#: In probes/programs, in this order.
+FILES = ("stat.c", "guest.c")
 BITS = 3
 BUCKETS = 304  # up to 2^40 ns, 18 minutes; the last one also holds what took longer
 MAX_VALUES = 8192  # histograms: one for each vCPU and reason
@@ -41,9 +42,6 @@ class Counts:
     words: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, WORDS))
 
 
-_VCPU = "kvm_vcpu *"
-_EXIT_WITH_REASON, _EXIT = "stat_on_guest_exit_with_reason", "stat_on_guest_exit"
-
 _USER_EXIT = Hook(
     "KVM_RUN returned to user space, and why",
     Via.RAW_TRACEPOINT,
@@ -53,8 +51,8 @@ _USER_EXIT = Hook(
     required=True,
 )
 _GUEST = (
-    Hook("the guest is entered", Via.RAW_TRACEPOINT, "kvm_entry", "stat_on_guest_entry", "how long exits take"),
-    Hook("the guest was left, and why", Via.RAW_TRACEPOINT, "kvm_exit", _EXIT, "exits from the guest"),
+    Hook("the guest is entered", Via.RAW_TRACEPOINT, "kvm_entry", "on_guest_entry", "how long exits take"),
+    Hook("the guest was left, and why", Via.RAW_TRACEPOINT, "kvm_exit", "on_guest_exit", "exits from the guest"),
 )
 
 
@@ -97,46 +95,6 @@ BLIND: Mapping[str, tuple[Blind, ...]] = {
 }
 
 
-def exit_programs(arguments: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the programs to try on kvm_exit, given the types of its arguments; None: no BTF tells them.
-
-    The kernel refuses a program that reads beyond a raw tracepoint's last argument, so that without BTF the one that
-    reads three is tried first. Linux commit c4f6699dfcb8 ("bpf: introduce BPF_RAW_TRACEPOINT") (in v4.17).
-    """
-    if arguments is None:
-        return (_EXIT_WITH_REASON, _EXIT)
-    if list(arguments[:1]) == [_VCPU] and len(arguments) > 1:
-        return (_EXIT,)
-    if list(arguments[1:2]) == [_VCPU] and len(arguments) > 2:
-        return (_EXIT_WITH_REASON,)
-    return ()
-
-
-def arguments(btf: Btf, tracepoint: str) -> tuple[str, ...] | None:
-    """Return the types of a tracepoint's arguments, or None where the kernel's BTF does not have them."""
-    try:
-        return btf.arguments(tracepoint)
-    except MissingField:
-        return None
-
-
-def reason_offsets(btf: Btf) -> dict[str, int]:
-    """Return where a vCPU holds the reason of its last exit, as far as the BTF of KVM's flavour tells.
-
-    Linux commit 0a62a0319abb ("KVM: x86: Get exit_reason as part of kvm_x86_ops.get_exit_info") (in v5.16) took it
-    out of the tracepoint's arguments.
-    """
-    found: dict[str, int] = {}
-    # Linux commit 7172c753c26a ("KVM: VMX: Move common fields of struct vcpu_{vmx,tdx} to a struct") (in v6.16).
-    for path in ("vcpu_vmx.exit_reason", "vcpu_vmx.vt.exit_reason"):
-        if btf.has(path):
-            found["OFFSET_VMX_REASON"] = btf.offset(path) - btf.offset("vcpu_vmx.vcpu")
-    if btf.has("vcpu_svm.vmcb") and btf.has("vmcb.control.exit_code"):
-        found["OFFSET_SVM_VMCB"] = btf.offset("vcpu_svm.vmcb") - btf.offset("vcpu_svm.vcpu")
-        found["OFFSET_SVM_REASON"] = btf.offset("vmcb.control.exit_code")
-    return found
-
-
 def constants(engine: str) -> dict[str, str]:
     """Return what the tracer defines in front of the programs."""
     return {
@@ -147,30 +105,13 @@ def constants(engine: str) -> dict[str, str]:
         "STAT_BITS": str(BITS),
         "STAT_BUCKETS": str(BUCKETS),
         "STAT_MAX_VALUES": str(MAX_VALUES),
-        "STAT_UNREADABLE": f"{UNREADABLE:#x}",
     }
 
 
-def make(
-    engine: str,
-    functions: Collection[str],
-    tracepoints: Collection[str],
-    exit_arguments: Sequence[str] | None,
-    entry_arguments: Sequence[str] | None,
-) -> Plan:
+def make(engine: str, functions: Collection[str], tracepoints: Collection[str], arguments: Arguments) -> Plan:
     """Return the plan of an engine for a kernel that has these functions and raw tracepoints.
 
-    ``exit_arguments`` and ``entry_arguments`` are what :func:`arguments` says of kvm_exit and kvm_entry.
+    ``arguments``: the types of what :data:`probes.guest.TRACEPOINTS` hand over, None where no BTF tells.
     """
-
-    def missing(hook: Hook) -> str | None:
-        if hook.via is not Via.RAW_TRACEPOINT:
-            return None if hook.target in functions else "this kernel has no such function, or it is inlined"
-        if hook.target not in tracepoints:
-            return "this kernel has no such tracepoint"
-        unknown = (hook.target == "kvm_exit" and not exit_programs(exit_arguments)) or (
-            hook.target == "kvm_entry" and entry_arguments is not None and list(entry_arguments[:1]) != [_VCPU]
-        )
-        return "its arguments are not those that kvmreq knows" if unknown else None
-
-    return Plan(engine, tuple(Planned(hook, missing(hook)) for hook in HOOKS[engine]), BLIND[engine])
+    hooks = (planned(hook, functions, tracepoints, arguments) for hook in HOOKS[engine])
+    return Plan(engine, tuple(hooks), BLIND[engine])

@@ -26,7 +26,7 @@ from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
 
 # enum counter of probes/programs/vcpu.c.
-_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries")
+_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries", "guest", "kicks_lost", "far_vcpus")
 
 # BCC runs an optimiser of its own after clang's: one of them is enough, and nobody reads the debug information.
 _CFLAGS = ["-Wno-unused-function", "-g0", "-Xclang", "-disable-llvm-passes"]
@@ -109,6 +109,8 @@ class Engine:
             raise CannotTrace(
                 f"the {plan.engine} engine cannot read vCPUs: {error}", hint="kvmreq doctor tells what works here"
             ) from error
+        if any(hook.target == "kvm_exit" for hook in plan.attachable):
+            found |= host.reason_offsets()
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
         host.forget_addresses()
         text = program.source(plan, settings, found, symbols, self._modules, more)
@@ -155,7 +157,7 @@ class Engine:
         target, fn_name = hook.target.encode(), program.name(hook, self._modules).encode()
         match hook.via:
             case Via.RAW_TRACEPOINT:
-                self._bpf.attach_raw_tracepoint(tp=target, fn_name=fn_name)
+                self._attach_raw_tracepoint(hook)
             case Via.TRACEPOINT:
                 self._bpf.attach_tracepoint(tp=target, fn_name=fn_name)
             case Via.KPROBE:
@@ -166,6 +168,15 @@ class Engine:
                 self._bpf.attach_kfunc(fn_name=fn_name)
             case Via.FEXIT:
                 self._bpf.attach_kretfunc(fn_name=fn_name)
+
+    def _attach_raw_tracepoint(self, hook: Hook) -> None:
+        try:
+            self._bpf.attach_raw_tracepoint(tp=hook.target.encode(), fn_name=hook.program.encode())
+        except Exception:  # BCC raises Exception itself; the kernel says EINVAL of arguments that are not there
+            if hook.other is None:
+                raise
+            self._bpf.attach_raw_tracepoint(tp=hook.target.encode(), fn_name=hook.other.encode())
+            self.plan = self.plan.taking(hook)
 
     def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
         """Return the events that are in the ring, ``most`` at the most."""
@@ -178,7 +189,9 @@ class Engine:
 
     def counters(self) -> dict[str, int]:
         """Return the totals that the programs keep, over all CPUs: events produced, boundaries read and so on."""
-        return {name: int(sum(self._counters[ctypes.c_int(index)])) for index, name in enumerate(_COUNTERS)}
+        totals = {name: int(sum(self._counters[ctypes.c_int(index)])) for index, name in enumerate(_COUNTERS)}
+        totals["produced"] += totals["guest"]  # the hottest programs count once
+        return totals
 
     def loss(self) -> Loss:
         """Return what was lost in the kernel until now."""
@@ -193,7 +206,11 @@ class Engine:
             }
             self._seen_losses = told
         return Loss(
-            ring_full=counters["ring_full"], map_full=counters["map_full"], missed=missed, vcpus=self._vcpu_losses
+            ring_full=counters["ring_full"],
+            map_full=counters["map_full"],
+            missed=missed,
+            kicks=counters["kicks_lost"],
+            vcpus=self._vcpu_losses,
         )
 
     def _recursion_misses(self) -> int:

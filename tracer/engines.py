@@ -79,9 +79,12 @@ class Engine(Protocol):
 _ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
 
 
-def choices() -> list[Choice]:
-    """Return every engine, the best first, each with its plan or the reason why it cannot work here."""
-    return [_choice(engine) for engine in _ENGINES]
+def choices(*, full: bool = False) -> list[Choice]:
+    """Return every engine, the best first, each with its plan or the reason why it cannot work here.
+
+    ``full``: with the plan for detail full.
+    """
+    return [_choice(engine, full) for engine in _ENGINES]
 
 
 def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Engine:
@@ -113,7 +116,7 @@ def _refused(engine: str) -> str | None:
     return reason
 
 
-def _choice(engine: str) -> Choice:
+def _choice(engine: str, full: bool) -> Choice:
     reason = _refused(engine)
     if reason is not None:
         return Choice(engine, None, reason)
@@ -127,6 +130,8 @@ def _choice(engine: str) -> Choice:
         tracepoints,
         vendors=host.kvm().flavours or None,
         preempted=host.preempts_raw_tracepoints(),
+        full=full,
+        arguments=host.tracepoint_arguments() if full else {},
     )
     if plan.hopeless and not host.kvm().flavours:
         return Choice(engine, plan, "KVM is not loaded: load kvm_intel or kvm_amd")

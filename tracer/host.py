@@ -8,11 +8,12 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from probes import guest
 from probes.btf import Btf, MissingField
 
 SYS = Path("/sys")
@@ -180,6 +181,27 @@ def preempts_raw_tracepoints() -> bool:
     except MissingField:
         return False
     return again and any((place / "events/raw_syscalls").is_dir() for place in TRACEFS)
+
+
+@cache
+def tracepoint_arguments() -> Mapping[str, tuple[str, ...] | None]:
+    """Return the types of what KVM's raw tracepoints hand over, None where the kernel's BTF does not tell."""
+    try:
+        with Btf("kvm") as btf:
+            return {name: guest.arguments(btf, name) for name in guest.TRACEPOINTS}
+    except MissingField:
+        return dict.fromkeys(guest.TRACEPOINTS)
+
+
+@cache
+def reason_offsets() -> Mapping[str, int]:
+    """Return where a vCPU holds the reason of its last exit, as far as BTF tells."""
+    found: dict[str, int] = {}
+    for module in ("kvm", *kvm().flavours):
+        with contextlib.suppress(MissingField), Btf(module) as btf:
+            if module == "kvm" or btf.has_module:
+                found |= guest.reason_offsets(btf)
+    return found
 
 
 def no_kprobes() -> str | None:

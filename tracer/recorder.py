@@ -55,12 +55,12 @@ class Chosen(NamedTuple):
     why: str
 
 
-def choose(engine: str) -> Chosen:
-    """Return the engine that was asked for; for ``auto`` the best that works here.
+def choose(engine: str, *, full: bool = False) -> Chosen:
+    """Return the engine that was asked for, with its plan for the detail; for ``auto`` the best that works here.
 
     Raises :class:`CannotTrace` with the reason why an engine does not work here.
     """
-    offers = {choice.engine: choice for choice in choices()}
+    offers = {choice.engine: choice for choice in choices(full=full)}
     if engine != "auto":
         if engine not in offers:
             raise CannotTrace(f"unknown engine {engine!r}", hint=f"engines: {', '.join(offers)}, auto")
@@ -140,7 +140,7 @@ class Recorder:
         """Attach, look up the guests that already run, and create the recording. Raises KvmreqError."""
         guests.check_vmms(self.wish.pids)
         names = watched(self.wish)
-        chosen = choose(self.wish.engine)
+        chosen = choose(self.wish.engine, full=self.wish.full)
         self.plan = chosen.plan
         clock = host.clock_pair()
         kvm = host.kvm()

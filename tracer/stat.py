@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from probes import exits, program, requests
 from probes import stat as programs
-from probes.btf import Btf, MissingField
-from probes.plan import Hook, Plan, Via
+from probes.plan import Plan, Via
 from probes.requests import TRIPLE_FAULT
 from probes.schema import Kind
 from tracer import guests, host, tracefs
@@ -123,9 +122,7 @@ class Reading:
 
 class _Programs(Engine):
     # The engine with the programs of probes/programs/stat.c.
-    def __init__(self, plan: Plan, exit_programs: Sequence[str], offsets: dict[str, int], pids: Sequence[int]) -> None:
-        self._exit_programs = exit_programs
-        constants = programs.constants(plan.engine) | {name: str(offset) for name, offset in offsets.items()}
+    def __init__(self, plan: Plan, pids: Sequence[int]) -> None:
         settings = program.Settings(
             watched=1 << TRIPLE_FAULT,
             cpus=host.possible_cpus(),
@@ -133,66 +130,25 @@ class _Programs(Engine):
             ring_bytes=_RING_BYTES,
             max_vcpus=_MAX_VCPUS,
         )
-        super().__init__(plan, settings, pids, program.Addition(constants, ("stat.c",)))
+        super().__init__(plan, settings, pids, program.Addition(programs.constants(plan.engine), programs.FILES))
         self.values = _Map(self._bpf[b"stat_values"], programs.KEY, programs.VALUE)
         self.words = _Map(self._bpf[b"stat_requests"], "u4", programs.WORDS)
 
-    def _attach(self, hook: Hook) -> None:
-        if hook.target != "kvm_exit":
-            super()._attach(hook)
-            return
-        for name in self._exit_programs[:-1]:
-            try:
-                self._attach_exit(name)
-            except Exception:  # BCC raises Exception itself; the kernel says EINVAL of arguments that are not there
-                continue
-            return
-        self._attach_exit(self._exit_programs[-1])
 
-    def _attach_exit(self, name: str) -> None:
-        self.exit_program = name
-        self._bpf.attach_raw_tracepoint(tp=b"kvm_exit", fn_name=name.encode())
-
-    exit_program = ""
-
-
-@dataclass(frozen=True)
-class _Facts:
-    # What the running kernel says of kvm_exit and kvm_entry.
-    exit_arguments: tuple[str, ...] | None
-    entry_arguments: tuple[str, ...] | None
-    offsets: dict[str, int]
-
-
-def _facts() -> _Facts:
-    offsets: dict[str, int] = {}
-    try:
-        with Btf("kvm") as btf:
-            found = [programs.arguments(btf, name) for name in ("kvm_exit", "kvm_entry")]
-            offsets |= programs.reason_offsets(btf)
-        for flavour in host.kvm().flavours:
-            with Btf(flavour) as btf:
-                if btf.has_module:
-                    offsets |= programs.reason_offsets(btf)
-    except MissingField as error:
-        raise CannotTrace(f"vCPUs cannot be read: {error}", hint="kvmreq doctor tells what works here") from error
-    return _Facts(found[0], found[1], offsets)
-
-
-def _plan(engine: str, facts: _Facts) -> Plan:
+def _plan(engine: str) -> Plan:
     hooks = programs.HOOKS[engine]
     tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
     targets = [hook.target for hook in hooks if hook.via is not Via.RAW_TRACEPOINT]
     functions = host.addresses(targets) if targets else {}
-    return programs.make(engine, functions, tracepoints, facts.exit_arguments, facts.entry_arguments)
+    return programs.make(engine, functions, tracepoints, host.tracepoint_arguments())
 
 
-def _choose(engine: str, facts: _Facts) -> Plan:
+def _choose(engine: str) -> Plan:
     refused = []
     for choice in choices():
         if choice.engine not in programs.HOOKS or engine not in ("auto", choice.engine):
             continue
-        made = _plan(choice.engine, facts) if choice.plan is not None else None
+        made = _plan(choice.engine) if choice.plan is not None else None
         why_not = choice.why_not if made is None or made.hopeless is None else made.hopeless
         if made is not None and why_not is None:
             return made
@@ -210,15 +166,12 @@ class Statistics:
     def start(self) -> None:
         """Attach. Raises KvmreqError."""
         guests.check_vmms(self.only.pids)
-        facts = _facts()
-        self.plan = _choose(self.engine, facts)
+        self.plan = _choose(self.engine)
         formats = tracefs.formats(exits.EVENTS)
         self._names = {name: exits.parse(formats.get(name, "")) for name in exits.EVENTS}
         table = requests.names(host.release())
         self.requests = table.by_bit
-        self._programs = _Programs(
-            self.plan, programs.exit_programs(facts.exit_arguments), facts.offsets, self.only.pids
-        )
+        self._programs = _Programs(self.plan, self.only.pids)
         self._vcpus: dict[int, Vcpu] = {}
         self._vms: dict[int, int] = {}
         self._ended: set[int] = set()
@@ -243,7 +196,7 @@ class Statistics:
     @property
     def exit_hook(self) -> str:
         """Return the program that the kernel took for kvm_exit; empty where it took none."""
-        return self._programs.exit_program
+        return next((hook.program for hook in self._programs.plan.attachable if hook.target == "kvm_exit"), "")
 
     def name(self, kind: exits.Kind, number: int, variant: int) -> str:
         """Return the kernel's name of a reason."""

@@ -32,6 +32,17 @@ static inline struct vcpu_state *state_of(u64 vcpu)
 	return state ? state : begin_vcpu(vcpu, 0);
 }
 
+#if FULL
+static inline void forget_vcpus_of(u64 kvm);		/* probes/programs/full.c */
+static inline void forget_requester(u64 thread);
+
+/* The state of a vCPU that the current thread is inside KVM_RUN of. */
+static inline struct vcpu_state *state_inside(u64 vcpu)
+{
+	return state_of(vcpu);
+}
+#endif
+
 /* long kvm_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg) */
 PROGRAM on_kvm_vcpu_ioctl(CONTEXT *ctx)
 {
@@ -176,6 +187,9 @@ PROGRAM on_kvm_destroy_vm(CONTEXT *ctx)
 	u64 kvm = ARGUMENT(1);
 
 	vms.delete(&kvm);
+#if FULL
+	forget_vcpus_of(kvm);
+#endif
 	return 0;
 }
 
@@ -222,6 +236,9 @@ int on_thread_exit(struct bpf_raw_tracepoint_args *ctx)
 	u64 thread = ctx->args[0];
 
 	threads.delete(&thread);
+#if FULL
+	forget_requester(thread);
+#endif
 	return 0;
 }
 

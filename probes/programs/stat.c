@@ -4,11 +4,8 @@
  * Follows vcpu.c and the file of the engine, which know which vCPU it is. Every histogram is of one vCPU, and all that
  * counts in it runs in the thread that is inside KVM_RUN of that vCPU: plain additions do, on whatever CPU.
  *
- * The tracer puts in front: STAT_* (probes/stat.py), and the offsets of what holds the exit reason, where BTF has them.
+ * The tracer puts in front: STAT_* (probes/stat.py). guest.c follows, whose programs call what is here.
  */
-
-#define ISA_VMX		1	/* KVM_ISA_VMX and KVM_ISA_SVM: what kvm_exit tells as isa (arch/x86/kvm/trace.h) */
-#define ISA_SVM		2
 
 struct stat_key {
 	u32 vcpu;		/* its number */
@@ -141,19 +138,6 @@ static inline void stat_run_ends(struct vcpu_state *state, u64 vcpu, u32 reason,
 	stat_word(state, vcpu);
 }
 
-static inline u32 stat_reason(u64 vcpu, u32 isa)
-{
-#ifdef OFFSET_VMX_REASON
-	if (isa == ISA_VMX)
-		return read_u32(vcpu + OFFSET_VMX_REASON);
-#endif
-#ifdef OFFSET_SVM_VMCB
-	if (isa == ISA_SVM)
-		return read_u32(read_u64(vcpu + OFFSET_SVM_VMCB) + OFFSET_SVM_REASON);
-#endif
-	return STAT_UNREADABLE;
-}
-
 #if STAT_KPROBES
 /* Which vCPU a thread is inside KVM_RUN of, for the tracepoint that does not tell it. */
 static inline void stat_inside(u64 vcpu)
@@ -182,7 +166,7 @@ static inline struct vcpu_state *stat_running(u64 vcpu)
 	return state;
 }
 
-static inline void stat_guest_exit(u64 vcpu, u32 isa, u32 reason)
+static inline void guest_left(u64 vcpu, u32 isa, u32 reason)
 {
 	struct vcpu_state *state = stat_running(vcpu);
 	struct stat_key key = { .kind = STAT_GUEST, .reason = reason, .variant = isa };
@@ -197,44 +181,21 @@ static inline void stat_guest_exit(u64 vcpu, u32 isa, u32 reason)
 	stat_word(state, vcpu);
 }
 
-/* Raw tracepoint kvm:kvm_exit (u32 exit_reason, struct kvm_vcpu *vcpu, u32 isa), on older kernels. */
-int stat_on_guest_exit_with_reason(struct bpf_raw_tracepoint_args *ctx)
+static inline void guest_entered(u64 vcpu)
 {
-	stat_guest_exit(ctx->args[1], ctx->args[2], ctx->args[0]);
-	return 0;
-}
-
-/*
- * Raw tracepoint kvm:kvm_exit (struct kvm_vcpu *vcpu, u32 isa): Linux commit 0a62a0319abb
- * ("KVM: x86: Get exit_reason as part of kvm_x86_ops.get_exit_info") (in v5.16).
- */
-int stat_on_guest_exit(struct bpf_raw_tracepoint_args *ctx)
-{
-	u64 vcpu = ctx->args[0];
-	u32 isa = ctx->args[1];
-
-	stat_guest_exit(vcpu, isa, stat_reason(vcpu, isa));
-	return 0;
-}
-
-/* Raw tracepoint kvm:kvm_entry (struct kvm_vcpu *vcpu, ...) */
-int stat_on_guest_entry(struct bpf_raw_tracepoint_args *ctx)
-{
-	u64 vcpu = ctx->args[0];
 	struct vcpu_state *state = stat_running(vcpu);
 	struct stat_key key = { .kind = STAT_GUEST };
 
 	if (!state)
-		return 0;			/* not one of the processes that the user asked for */
+		return;				/* not one of the processes that the user asked for */
 	stat_word(state, vcpu);
 	if (!state->stat.exit_ns)
-		return 0;			/* the first entry that is seen: nothing ends here */
+		return;				/* the first entry that is seen: nothing ends here */
 	key.vcpu = state->number;
 	key.reason = state->stat.exit_reason;
 	key.variant = state->stat.exit_isa;
 	stat_ends(&key, bpf_ktime_get_ns() - state->stat.exit_ns);
 	state->stat.exit_ns = 0;
-	return 0;
 }
 
 #if STAT_KPROBES

@@ -189,6 +189,19 @@ static inline struct vcpu_state *state_behind_fd(u64 vcpu, u32 fd)
 	return begin_vcpu(vcpu, 0);
 }
 
+#if FULL
+/* The state of a vCPU that the current thread is inside KVM_RUN of. */
+static inline struct vcpu_state *state_inside(u64 vcpu)
+{
+	struct arguments arguments = {};
+
+	arguments_of_syscall(&arguments);
+	if ((u32)arguments.si != KVM_RUN || arguments.orig_ax != __NR_ioctl)
+		return NULL;			/* a 32-bit process: the plan says that it is not traced */
+	return state_behind_fd(vcpu, arguments.di);
+}
+#endif
+
 /* Whether another descriptor of this process than fd leads to the same file. */
 static inline int duplicated(u64 table, u64 file, u32 fd, struct vmm_state *vmm)
 {

@@ -22,6 +22,8 @@
 #define EVENTS_FLAGS		20	/* offsetof(struct kvm_vcpu_events, flags): uapi */
 #define EVENTS_PENDING		28	/* offsetof(struct kvm_vcpu_events, triple_fault.pending): uapi */
 #define VALID_TRIPLE_FAULT	0x20
+#define ISA_VMX		1	/* KVM_ISA_VMX and KVM_ISA_SVM: what kvm_exit tells as isa (arch/x86/kvm/trace.h) */
+#define ISA_SVM		2
 
 /*
  * What a tracepoint tells. Raw, its arguments; as a trace event (TRACE_EVENTS, see the plan), the fields of its record,
@@ -65,6 +67,9 @@ struct vcpu_state {
 	u8 seen;		/* the flags of its last event */
 	u8 announced;		/* its VCPU_NEW is in the ring */
 	u8 closing;		/* its last descriptor was closed while a thread was inside an ioctl */
+#if FULL
+	u32 ran;		/* it was seen to enter or leave the guest */
+#endif
 #ifdef STAT
 	struct stat_state stat;
 #endif
@@ -104,6 +109,9 @@ enum counter {
 	COUNT_MAP_FULL,		/* vCPUs, threads or VMs that did not fit a map */
 	COUNT_MISSED,		/* ioctls whose end was not seen */
 	COUNT_BOUNDARIES,	/* readings at a boundary, sent or not */
+	COUNT_GUEST,		/* events made where the guest was entered or left, or a vCPU stopped blocking */
+	COUNT_KICKS,		/* kicks and requests of several vCPUs for which the ring had no room, or whose end was not seen */
+	COUNT_FAR,		/* vCPUs that are not looked at where a request of several vCPUs has been raised */
 	COUNTERS
 };
 
@@ -225,34 +233,6 @@ static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 	return flags;
 }
 
-/* Put one event of a whole VM or VMM into the ring, or count it as lost. */
-static inline void send_vm(u64 now, u32 pid, u32 kind, u64 arg, u32 detail)
-{
-	struct event *event;
-
-	count(COUNT_PRODUCED);
-	event = ring.ringbuf_reserve(sizeof(*event));
-	if (!event) {
-		count(COUNT_RING_FULL);
-		lose(0, now);
-		return;
-	}
-	event->time_ns = now;
-	event->since_ns = 0;
-	event->requests = 0;
-	event->before = 0;
-	event->arg = arg;
-	event->vcpu = 0;
-	event->seq = 0;
-	event->pid = pid;
-	event->tid = bpf_get_current_pid_tgid();
-	event->detail = detail;
-	event->cpu = bpf_get_smp_processor_id();
-	event->kind = kind;
-	event->flags = 0;
-	ring.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
-}
-
 struct reading {
 	u64 now;
 	u64 since;
@@ -260,27 +240,28 @@ struct reading {
 	u64 before;
 };
 
-/* Put one event of a vCPU into the ring, or count it as lost. Returns whether the ring had room. */
-static inline int put(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
-{
-	struct event *event;
+/* Whom an event is about. */
+struct subject {
+	u32 vcpu;
+	u32 seq;
+	u32 pid;
+};
 
-	state->seq++;
-	count(COUNT_PRODUCED);
-	event = ring.ringbuf_reserve(sizeof(*event));
-	if (!event) {
-		count(COUNT_RING_FULL);
-		lose(state->number, reading->now);
+/* Put one event into the ring. Returns whether that had room. */
+static inline int put_event(struct subject *subject, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
+{
+	struct event *event = ring.ringbuf_reserve(sizeof(*event));
+
+	if (!event)
 		return 0;
-	}
 	event->time_ns = reading->now;
 	event->since_ns = reading->since;
 	event->requests = reading->word;
 	event->before = reading->before;
 	event->arg = arg;
-	event->vcpu = state->number;
-	event->seq = state->seq;
-	event->pid = state->pid;
+	event->vcpu = subject->vcpu;
+	event->seq = subject->seq;
+	event->pid = subject->pid;
 	event->tid = bpf_get_current_pid_tgid();
 	event->detail = detail;
 	event->cpu = bpf_get_smp_processor_id();
@@ -288,6 +269,37 @@ static inline int put(struct vcpu_state *state, struct reading *reading, u32 kin
 	event->flags = flags;
 	ring.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 	return 1;
+}
+
+/* Put one event of a whole VM or VMM into the ring, or count it as lost. */
+static inline void send_vm(u64 now, u32 pid, u32 kind, u64 arg, u32 detail)
+{
+	struct subject subject = { .pid = pid };
+	struct reading reading = { .now = now };
+
+	count(COUNT_PRODUCED);
+	if (put_event(&subject, &reading, kind, arg, detail, 0))
+		return;
+	count(COUNT_RING_FULL);
+	lose(0, now);
+}
+
+/* Put the next event of a vCPU into the ring, or count it as lost. Returns whether the ring had room. */
+static inline int put_next(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
+{
+	struct subject subject = { .vcpu = state->number, .seq = ++state->seq, .pid = state->pid };
+
+	if (put_event(&subject, reading, kind, arg, detail, flags))
+		return 1;
+	count(COUNT_RING_FULL);
+	lose(state->number, reading->now);
+	return 0;
+}
+
+static inline int put(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
+{
+	count(COUNT_PRODUCED);
+	return put_next(state, reading, kind, arg, detail, flags);
 }
 
 /* The VCPU_NEW of a vCPU goes first, however often the ring was full: without it nobody knows whose the rest is. */
@@ -319,8 +331,8 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 
 	take_reading(state, vcpu, &reading);
 	count(COUNT_BOUNDARIES);
-	if ((reading.word ^ reading.before) & WATCHED)
-		new_epoch();
+	if (OWN_ONLY && ((reading.word ^ reading.before) & WATCHED))
+		new_epoch();		/* all that use it are left out otherwise */
 	if (FULL || send_if == ALWAYS || ((reading.word ^ reading.before) & WATCHED) || (reading.word & send_if))
 		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
 }

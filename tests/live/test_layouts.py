@@ -35,7 +35,12 @@ for constant, _, optional in program._FIELDS:
     if optional:
         found.setdefault(constant, 4096)
 targets = [hook.target for hook in plans.HOOKS[engine][0]]
-plan = plans.make(engine, targets, targets, preempted=distance == 8 and full)
+plan = plans.make(engine, targets, targets, preempted=distance == 8 and full, full=full)
+if distance == 8:
+    found["MASK_ARGUMENTS"] = 5
+else:
+    found.pop("MASK_ARGUMENTS", None)
+    found["OFFSET_MODE"] = found["OFFSET_REQUESTS"] - 16
 modules = dict.fromkeys(targets, "kvm_amd")
 symbols = {"kvm_vcpu_ioctl": 1 << 63, "kvm_vm_ioctl": 3 << 62}
 if distance == 8:  # a kernel that has them

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from probes.guest import programs
 from probes.plan import Via
-from probes.stat import ERROR, HOOKS, exit_programs, make
+from probes.stat import ERROR, HOOKS, make
 from reports.stat_help import HELP
 
 VCPU = "kvm_vcpu *"
 OLD, NEW = ("unsigned int", VCPU, "u32"), (VCPU, "u32")
-WITH_REASON, WITHOUT = "stat_on_guest_exit_with_reason", "stat_on_guest_exit"
+WITH_REASON, WITHOUT = "on_guest_exit_with_reason", "on_guest_exit"
 TARGETS = {hook.target for hooks in HOOKS.values() for hook in hooks}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "programs"),
+    ("arguments", "fitting"),
     [(OLD, (WITH_REASON,)), (NEW, (WITHOUT,)), (None, (WITH_REASON, WITHOUT)), (("u32", "u32"), ()), ((VCPU,), ())],
 )
-def test_the_prototype_decides(arguments: tuple[str, ...] | None, programs: tuple[str, ...]) -> None:
+def test_the_prototype_decides(arguments: tuple[str, ...] | None, fitting: tuple[str, ...]) -> None:
     """Without BTF the larger one is tried first: the kernel refuses it where there are fewer arguments."""
-    assert exit_programs(arguments) == programs
+    assert programs("kvm_exit", arguments) == fitting
 
 
 @pytest.mark.parametrize("engine", HOOKS)
@@ -28,7 +29,7 @@ def test_the_prototype_decides(arguments: tuple[str, ...] | None, programs: tupl
 def test_an_unknown_prototype_is_not_guessed(engine: str, tracepoint: str) -> None:
     """The hook is left out, and the plan says why."""
     arguments = {"kvm_exit": NEW, "kvm_entry": (VCPU, "bool"), tracepoint: ("u32", "u32")}
-    plan = make(engine, TARGETS, TARGETS, arguments["kvm_exit"], arguments["kvm_entry"])
+    plan = make(engine, TARGETS, TARGETS, arguments)
     assert plan.hopeless is None
     assert tracepoint not in {hook.target for hook in plan.attachable}
     (line,) = (line for line in plan.as_json() if line["unseen"] and "its arguments" in line["unseen"])
@@ -38,7 +39,7 @@ def test_an_unknown_prototype_is_not_guessed(engine: str, tracepoint: str) -> No
 @pytest.mark.parametrize("engine", HOOKS)
 def test_a_kernel_without_kvm_has_no_hope(engine: str) -> None:
     """And every hook that is needed is named."""
-    plan = make(engine, set(), set(), None, None)
+    plan = make(engine, set(), set(), {})
     assert plan.hopeless is not None
     for hook in HOOKS[engine]:
         assert (f"{hook.target} (" in plan.hopeless) is hook.required
