@@ -30,6 +30,7 @@ from probes.schema import EVENT
 from tracer import host, trace_pipe
 from tracer.errors import CannotTrace
 from tracer.loss import Loss
+from tracer.tracefs import command
 from tracer.vcpus import Vcpus
 
 _PLACES = host.TRACEFS
@@ -123,15 +124,6 @@ def dead(name: str, proc: Path = host.PROC) -> bool:
     return made is not None and _started(int(made[1]), proc) != made[2]
 
 
-def _command(root: Path, text: str) -> None:
-    # Python's own append mode seeks to the end first, which tracefs refuses; and to truncate would remove all probes.
-    commands = os.open(root / "kprobe_events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-    try:
-        os.write(commands, f"{text}\n".encode())
-    finally:
-        os.close(commands)
-
-
 def _remove_instance(instance: Path) -> None:
     (instance / "events/enable").write_text("0")
     instance.rmdir()
@@ -141,7 +133,7 @@ def _remove_group(root: Path, group: str) -> None:
     for line in (root / "kprobe_events").read_text().splitlines():
         name = line.split()[0].partition(":")[2]
         if name.startswith(f"{group}/"):
-            _command(root, f"-:{name}")
+            command(root, f"-:{name}")
 
 
 def _groups(root: Path) -> set[str]:
@@ -308,7 +300,7 @@ class Engine:
             path = f"{self._group}/{hook.program}"
             kind = "p" if hook.via is Via.KPROBE_EVENT else f"r{_MAXACTIVE}"
             words = [f"{kind}:{path}", hook.target, *fetch.arguments(hook.program, self._at)]
-            _command(self._root, " ".join(words))
+            command(self._root, " ".join(words))
         text = (self._instance / "events" / path / "format").read_text()
         self._sources.append(_Source(text, self.vcpus.takes[hook.program]))
         self._write(f"events/{path}/enable", "1")

@@ -51,6 +51,16 @@ def _mounted() -> int | None:
         os.close(context)
 
 
+def command(root: Path, text: str) -> None:
+    """Make or remove a probe event, as a line of kprobe_events says it."""
+    # Python's own append mode seeks to the end first, which tracefs refuses; and to truncate would remove all probes.
+    commands = os.open(root / "kprobe_events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(commands, f"{text}\n".encode())
+    finally:
+        os.close(commands)
+
+
 def formats(tracepoints: Iterable[str], system: str = "kvm") -> dict[str, str]:
     """Return the print format of those tracepoints that this kernel has and lets us read."""
     found = {}

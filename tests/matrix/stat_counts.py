@@ -16,9 +16,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from analysis import stat
@@ -36,7 +37,7 @@ EVENTS = ("kvm_exit", "kvm_entry", "kvm_userspace_exit")
 _BUFFER_KB = 8192
 
 # A line of the instance's `trace` with the option record-tgid: COMM-TID ( TGID) [CPU] FLAGS TIME: EVENT: WORDS
-_LINE = re.compile(r"-\d+\s+\(\s*(\d+)\)\s+\[\d+\].*?: (kvm_\w+): (.*)$")
+LINE = re.compile(r"-(?P<tid>\d+)\s+\(\s*(?P<pid>\d+|-+)\)\s+\[\d+\].*?: (?P<event>\w+): (?P<words>.*)$")
 _EXIT = re.compile(r"vcpu (\d+) reason (.+?) (?:rip|info1) ")
 _ENTRY = re.compile(r"vcpu (\d+)\b")
 _USER = re.compile(r"reason (\S+) \((\d+)\)")
@@ -44,11 +45,12 @@ _USER = re.compile(r"reason (\S+) \((\d+)\)")
 
 @dataclass
 class Seen:
-    """Exits by (process, vCPU or -1, name): those from the guest, those of them that ended, those to user space."""
+    """By (process, vCPU or -1, name): exits from the guest, those of them that ended, those to user space, entries."""
 
     exits: Counter[tuple[int, int, str]] = field(default_factory=Counter)
     ended: Counter[tuple[int, int, str]] = field(default_factory=Counter)
     user: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+    entries: Counter[tuple[int, int, str]] = field(default_factory=Counter)  # their name is empty
 
 
 def parsed(lines: Iterator[str] | Sequence[str]) -> Seen:
@@ -63,14 +65,15 @@ def parsed(lines: Iterator[str] | Sequence[str]) -> Seen:
     seen = Seen()
     inside: dict[tuple[int, int], str] = {}
     for line in lines:
-        match = _LINE.search(line)
-        if not match:
+        match = LINE.search(line)
+        if not match or match["event"] not in EVENTS:
             continue
-        pid, event, words = int(match[1]), match[2], match[3]
+        pid, event, words = int(match["pid"]), match["event"], match["words"]
         if event == "kvm_exit" and (told := _EXIT.search(words)):
             seen.exits[pid, int(told[1]), told[2].strip()] += 1
             inside[pid, int(told[1])] = told[2].strip()
         elif event == "kvm_entry" and (told := _ENTRY.search(words)):
+            seen.entries[pid, int(told[1]), ""] += 1
             name = inside.pop((pid, int(told[1])), None)
             if name is not None:
                 seen.ended[pid, int(told[1]), name] += 1
@@ -83,14 +86,23 @@ def parsed(lines: Iterator[str] | Sequence[str]) -> Seen:
 
 
 @contextlib.contextmanager
-def instance() -> Iterator[Path]:
-    """Yield an instance of tracefs that records the events."""
+def instance(probes: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
+    """Yield an instance of tracefs that records the events, and those of probes.
+
+    These are given by name as kprobe_events has them: ``p`` or ``r``, and what stands behind the name.
+    """
     with tracefs.root() as root:
         if root is None:
             raise KvmreqError("tracefs cannot be mounted", hint="run as root, on a kernel with tracefs")
-        path = root / "instances" / f"kvmreq-stat-{os.getpid()}"
+        path = root / "instances" / f"kvmreq-counts-{os.getpid()}"
+        group = f"kvmreq_counts_{os.getpid()}"
         path.mkdir()
+        made: list[str] = []
         try:
+            for name, (kind, rest) in ((name, definition.split(" ", 1)) for name, definition in probes.items()):
+                tracefs.command(root, f"{kind}:{group}/{name} {rest}")
+                made.append(name)
+                (path / "events" / group / name / "enable").write_text("1")
             (path / "buffer_size_kb").write_text(str(_BUFFER_KB))
             (path / "options/record-tgid").write_text("1")
             for name in EVENTS:
@@ -99,6 +111,8 @@ def instance() -> Iterator[Path]:
         finally:
             (path / "events/enable").write_text("0")
             path.rmdir()
+            for name in made:
+                tracefs.command(root, f"-:{group}/{name}")
 
 
 def lost(path: Path) -> int:
