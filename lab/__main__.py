@@ -11,6 +11,7 @@ from lab.child import HELD, READY
 from lab.kvm import LabError
 from lab.runner import Run, run_and_tell, runnable
 from lab.scenarios import SCENARIOS
+from lab.stage import in_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _words(run: Run) -> str:
     truth = run.truth()
-    ends = [one["end"] for one in truth.lifecycles]
+    ends = [in_words(one) for one in truth.lifecycles]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)) or "no request"
     milliseconds = (run.end_ns - run.begin_ns) / 1_000_000
     return f"{run.scenario}: {counts}; {len(truth.shutdowns)} shutdown exits; {milliseconds:.1f} ms"

@@ -6,10 +6,11 @@ told by their process and by when they began.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lab.runner import Run
+from lab.stage import Several, request_of
 
 Row = Mapping[str, Any]
 
@@ -17,19 +18,23 @@ Row = Mapping[str, Any]
 def differences(report: Mapping[str, Any], run: Run, tells: Collection[str], *, excused: str = "") -> list[str]:
     """Return in what a report of one traced run differs from the truth.
 
-    ``tells``: of the words in RAISED_INSIDE_KVM_RUN those that the engine tells. ``excused``: words of a reason for
-    which a request may be undecided, however it ended. VMs that ran at once, in threads, cannot be told apart here.
+    Compared are the requests that the scenario is about and the recording watched. ``tells``: of the words in
+    RAISED_INSIDE_KVM_RUN those that the engine tells. ``excused``: words of a reason for which a request may be
+    undecided, however it ended. VMs that ran at once, in threads, cannot be told apart here.
     """
     mine = [vm for vm in report["vms"] if vm["pid"] in run.pids and run.begin_ns <= vm["first_ns"] <= run.end_ns]
     if len(mine) != run.vms:
         return [f"{run.scenario}: it had {run.vms} VMs, and the report has {len(mine)} of them"]
     order = {vm["vm"]: place for place, vm in enumerate(sorted(mine, key=lambda vm: (vm["first_ns"], vm["vm"])))}
-    truth = run.truth(tells)
-    return [
-        f"{run.scenario}: {wrong}"
-        for what, must in (("lifecycles", truth.lifecycles), ("shutdowns", truth.shutdowns))
-        for wrong in _compare(what, _numbered(report[what], order), must, excused)
+    compared = run.about & set(report["recording"]["requests"])
+    truth = run.truth(tells).of_requests(compared)
+    lifecycles = [row for row in report["lifecycles"] if request_of(row) in compared]
+    full = report["recording"]["detail"] == "full"
+    wrong = [
+        *_compare("lifecycles", _numbered(lifecycles, order), truth.lifecycles, excused, truth.several, full),
+        *_compare("shutdowns", _numbered(report["shutdowns"], order), truth.shutdowns, excused),
     ]
+    return [f"{run.scenario}: {what}" for what in wrong]
 
 
 def _numbered(rows: Iterable[Row], order: Mapping[int, int]) -> list[Row]:
@@ -41,7 +46,14 @@ def undecided_for(row: Row, excused: str) -> bool:
     return bool(excused) and row.get("end") == "undecided" and excused in row["why"]
 
 
-def _compare(what: str, rows: list[Row], must: Iterable[Row], excused: str) -> list[str]:
+def _compare(
+    what: str,
+    rows: list[Row],
+    must: Iterable[Row],
+    excused: str,
+    several: Sequence[Several] = (),
+    full: bool = False,
+) -> list[str]:
     left = list(rows)
     wrong = []
     for one in must:
@@ -50,8 +62,18 @@ def _compare(what: str, rows: list[Row], must: Iterable[Row], excused: str) -> l
             wrong.append(f"{what} lack {dict(one)}")
         else:
             left.remove(found)
-            if found.get("why") and not undecided_for(found, excused):
-                wrong.append(f"{what} have a doubt that they must not have: {found['why']}")
+    counts = [0] * len(several)
+    for row in tuple(left):
+        place = next((place for place, one in enumerate(several) if _is(row, one.like, excused)), None)
+        if place is not None:
+            counts[place] += 1
+            left.remove(row)
+    for alike, count in zip(several, counts, strict=True):
+        if not alike.allows(count, full):
+            most = " or more" if alike.most is None else f" to {alike.most}"
+            wrong.append(f"{what} have {count} like {dict(alike.like)}, not {alike.few(full)}{most}")
+    doubts = (row["why"] for row in rows if row.get("why") and not undecided_for(row, excused) and row not in left)
+    wrong += [f"{what} have a doubt that they must not have: {why}" for why in doubts]
     return [*wrong, *(f"{what} have what they must not: {dict(row)}" for row in left)]
 
 

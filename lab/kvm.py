@@ -217,6 +217,32 @@ class KvmEnableCap(ctypes.Structure):
     ]
 
 
+class KvmInterrupt(ctypes.Structure):
+    """struct kvm_interrupt."""
+
+    _fields_ = [("irq", ctypes.c_uint32)]
+
+
+class KvmClockData(ctypes.Structure):
+    """struct kvm_clock_data."""
+
+    _fields_ = [
+        ("clock", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("flags", "pad0")),
+        *((name, ctypes.c_uint64) for name in ("realtime", "host_tsc")),
+        ("pad", ctypes.c_uint32 * 4),
+    ]
+
+
+class KvmMsi(ctypes.Structure):
+    """struct kvm_msi."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("address_lo", "address_hi", "data", "flags", "devid")),
+        ("pad", ctypes.c_uint8 * 12),
+    ]
+
+
 class KvmMpState(ctypes.Structure):
     """struct kvm_mp_state."""
 
@@ -312,20 +338,25 @@ class Ioctl(IntEnum):
     KVM_SET_USER_MEMORY_REGION = _iow(0x46, KvmUserspaceMemoryRegion)
     KVM_SET_TSS_ADDR = _io(0x47)
     KVM_CREATE_IRQCHIP = _io(0x60)
+    KVM_SET_CLOCK = _iow(0x7B, KvmClockData)
     KVM_RUN = _io(0x80)
     KVM_GET_REGS = _ior(0x81, KvmRegs)
     KVM_SET_REGS = _iow(0x82, KvmRegs)
     KVM_GET_SREGS = _ior(0x83, KvmSregs)
     KVM_SET_SREGS = _iow(0x84, KvmSregs)
+    KVM_INTERRUPT = _iow(0x86, KvmInterrupt)
     KVM_SET_CPUID2 = _iow(0x90, KvmCpuid2)
     KVM_GET_MP_STATE = _ior(0x98, KvmMpState)
     KVM_SET_MP_STATE = _iow(0x99, KvmMpState)
+    KVM_NMI = _io(0x9A)
     KVM_SET_GUEST_DEBUG = _iow(0x9B, KvmGuestDebug)
     KVM_X86_SETUP_MCE = _iow(0x9C, ctypes.c_uint64)
     KVM_X86_SET_MCE = _iow(0x9E, KvmX86Mce)
     KVM_GET_VCPU_EVENTS = _ior(0x9F, KvmVcpuEvents)
     KVM_SET_VCPU_EVENTS = _iow(0xA0, KvmVcpuEvents)
     KVM_ENABLE_CAP = _iow(0xA3, KvmEnableCap)
+    KVM_SIGNAL_MSI = _iow(0xA5, KvmMsi)
+    KVM_SMI = _io(0xB7)
     KVM_RESET_DIRTY_RINGS = _io(0xC7)
 
 
@@ -334,9 +365,12 @@ class Cap(IntEnum):
 
     KVM_CAP_IRQCHIP = 0
     KVM_CAP_MP_STATE = 14
+    KVM_CAP_USER_NMI = 22
     KVM_CAP_SET_GUEST_DEBUG = 23
     KVM_CAP_MCE = 31
+    KVM_CAP_ADJUST_CLOCK = 39
     KVM_CAP_SYNC_REGS = 74
+    KVM_CAP_SIGNAL_MSI = 77
     KVM_CAP_X86_SMM = 117
     KVM_CAP_MULTI_ADDRESS_SPACE = 118
     KVM_CAP_IMMEDIATE_EXIT = 136
@@ -366,6 +400,7 @@ class MpState(IntEnum):
 
 
 # kvm_vcpu_events.flags. The last one: Linux commit ed2351174e38, as above.
+KVM_VCPUEVENT_VALID_NMI_PENDING = 0x01
 KVM_VCPUEVENT_VALID_SMM = 0x08
 KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
 
@@ -493,6 +528,10 @@ class Kvm(_File):
         return Vm(self.ioctl(Ioctl.KVM_CREATE_VM), self.vcpu_mmap_size)
 
 
+# Intel SDM volume 3, "Message Address Register Format": bits 12 to 19 are the destination's APIC id.
+_MSI_ADDRESS = 0xFEE0_0000
+
+
 class Vm(_File):
     """A VM, and the memory that was added to it. Its vCPUs are closed on their own."""
 
@@ -519,6 +558,27 @@ class Vm(_File):
         region = KvmUserspaceMemoryRegion(slot, flags, gpa, size, pages.address)
         self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
         return pages
+
+    def place_memory(self, pages: Pages, gpa: int, *, flags: int = 0) -> None:
+        """Put memory that was added before at another address, or change the flags of its slot."""
+        self._set_slot(pages, gpa, pages.size, flags)
+
+    def remove_memory(self, pages: Pages) -> None:
+        """Take memory away from the guest; place_memory gives it back."""
+        self._set_slot(pages, 0, 0, 0)
+
+    def _set_slot(self, pages: Pages, gpa: int, size: int, flags: int) -> None:
+        region = KvmUserspaceMemoryRegion(self._memory.index(pages), flags, gpa, size, pages.address)
+        self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
+
+    def set_clock(self, clock_ns: int) -> None:
+        """Set the guest's kvmclock."""
+        self.ioctl(Ioctl.KVM_SET_CLOCK, KvmClockData(clock=clock_ns))
+
+    def signal_msi(self, vcpu_id: int, data: int) -> None:
+        """Send a message to the local APIC of a vCPU; it takes an in-kernel irqchip."""
+        if self.ioctl(Ioctl.KVM_SIGNAL_MSI, KvmMsi(address_lo=_MSI_ADDRESS | vcpu_id << 12, data=data)) == 0:
+            raise LabError(f"the local APIC of vCPU {vcpu_id} took no MSI with data {data:#x}")
 
     def set_tss_addr(self, gpa: int) -> None:
         """Reserve three pages at ``gpa``, on which an Intel host may run real mode; before the first vCPU.
@@ -637,6 +697,18 @@ class Vcpu(_File):
     def set_vcpu_events(self, events: KvmVcpuEvents) -> None:
         """Set the pending events: what a VMM restores."""
         self.ioctl(Ioctl.KVM_SET_VCPU_EVENTS, events)
+
+    def nmi(self) -> None:
+        """Queue an NMI."""
+        self.ioctl(Ioctl.KVM_NMI)
+
+    def smi(self) -> None:
+        """Queue an SMI."""
+        self.ioctl(Ioctl.KVM_SMI)
+
+    def interrupt(self, vector: int) -> None:
+        """Queue an external interrupt; it takes a VM without in-kernel irqchip."""
+        self.ioctl(Ioctl.KVM_INTERRUPT, KvmInterrupt(irq=vector))
 
     def setup_mce(self, mcg_cap: int) -> None:
         """Set the vCPU's MCG_CAP: how many banks it has, and what they can do."""

@@ -12,11 +12,12 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lab.child import READY, child, fail, wait_for
 from lab.kvm import Kvm, LabError
-from lab.scenarios import SCENARIOS, Lifecycle, Outcome, Scenario, Shutdown, Stage
+from lab.scenarios import SCENARIOS
+from lab.stage import Lifecycle, Outcome, Scenario, Several, Shutdown, Stage, request_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Truth:
 
     lifecycles: list[Lifecycle]
     shutdowns: list[Shutdown]
+    several: list[Several] = field(default_factory=list)
 
     @classmethod
     def of(cls, scenario: Scenario, runs: int | Sequence[Outcome] = 1) -> Truth:
@@ -34,6 +36,15 @@ class Truth:
         return cls(
             [{**one, "vm": start + one["vm"]} for start, outcome in numbered for one in outcome.lifecycles],
             [{**one, "vm": start + one["vm"]} for start, outcome in numbered for one in outcome.shutdowns],
+            [one.of_vms_from(start) for start, outcome in numbered for one in outcome.several],
+        )
+
+    def of_requests(self, requests: Collection[str]) -> Truth:
+        """Return what must be seen of these requests alone."""
+        return Truth(
+            [one for one in self.lifecycles if request_of(one) in requests],
+            self.shutdowns,
+            [one for one in self.several if request_of(one.like) in requests],
         )
 
 
@@ -47,6 +58,11 @@ class Run:
     begin_ns: int  # CLOCK_MONOTONIC
     end_ns: int
     outcomes: list[Outcome]
+
+    @property
+    def about(self) -> frozenset[str]:
+        """The requests of which the truth says all that there is."""
+        return SCENARIOS[self.scenario].about
 
     @property
     def vms(self) -> int:

@@ -154,7 +154,7 @@ VMM = """
 import sys, threading, time
 from pathlib import Path
 from lab.kvm import Exit, Kvm, MpState, TimedOut
-from lab.scenarios import SIGN_OF_LIFE, Stage, bounce, raise_by_mce, save_blindly, shut_down
+from lab.stage import SIGN_OF_LIFE, Stage, bounce, raise_by_mce, save_blindly, shut_down
 
 def sleep_in_kvm_run():
     def wait():

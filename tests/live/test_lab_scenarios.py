@@ -21,7 +21,8 @@ import lab.child
 from lab import userfault
 from lab.kvm import CallFailed, Kvm, LabError, Pages, TimedOut
 from lab.runner import Run, Truth, parallel, run, run_and_tell, runnable
-from lab.scenarios import SCENARIOS, Stage
+from lab.scenarios import SCENARIOS
+from lab.stage import Stage
 from lab.userfault import UserFault
 
 pytestmark = pytest.mark.live

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.kvm import Kvm
-from lab.scenarios import no_triple_fault_event
+from lab.stage import no_triple_fault_event
 from tests.matrix import CHECKOUT, truth
 
 LIVE_S = 240  # for record to be live: some 15 s on an idle machine
@@ -98,6 +98,7 @@ class Record:
 
     path: Path
     engine: str
+    options: Sequence[str] = ()
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class Record:
         self.notes = Path(tempfile.gettempdir(), f"{self.path.name}.notes")
         with self.notes.open("wb") as notes:
             self.process = subprocess.Popen(
-                [sys.executable, "kvmreq.py", "record", "-o", str(self.path), "--engine", self.engine],
+                [sys.executable, "kvmreq.py", "record", "-o", str(self.path), "--engine", self.engine, *self.options],
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
                 stdout=notes,
@@ -224,13 +225,13 @@ def say(text: str) -> None:
 
 
 def try_engine(
-    engine: str, out: Path, names: Sequence[str], witnesses: Sequence[Path], *, again: bool
+    engine: str, out: Path, names: Sequence[str], witnesses: Sequence[Path], options: Sequence[str], *, again: bool
 ) -> dict[str, Any]:
     """Record every scenario with one engine, then kill another recording; return what happened."""
     before, began = traces(), time.monotonic()
     told: dict[str, Any] = {"engine": engine, "refused": None}
     try:
-        record = Record(out / engine, engine)
+        record = Record(out / engine, engine, options)
     except Refused as refusal:
         told["refused"] = str(refusal)
         told["left_behind"] = left_behind(before)
@@ -298,9 +299,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("engines", nargs="+", metavar="ENGINE")
     parser.add_argument("--again", action="store_true", help="load kvm_amd again under each recording")
     parser.add_argument("--together", nargs=2, default=(), metavar="ENGINE", help="these two at the same time, as well")
+    parser.add_argument("--requests", default="triple_fault", help="as of record, for the recording of each engine")
+    parser.add_argument("--detail", default="boundary", help="as of record, for the recording of each engine")
+    parser.add_argument("--scenarios", nargs="+", metavar="NAME", help="these scenarios only (default: all)")
     arguments = parser.parse_args(words)
+    options = ("--requests", arguments.requests, "--detail", arguments.detail)
     out = Path(os.environ["MATRIX_OUT"])
-    reasons = truth.scenarios()
+    reasons = {name: why for name, why in truth.scenarios().items() if name in (arguments.scenarios or (name,))}
     names = [name for name, reason in reasons.items() if reason is None]
     witnesses = sorted((out / "given").glob("*"))
     without = no_witnesses()
@@ -329,7 +334,7 @@ def main(words: Sequence[str]) -> int:
     for engine in arguments.engines:
         keep()
         try:
-            told["engines"].append(try_engine(engine, out, names, witnesses, again=arguments.again))
+            told["engines"].append(try_engine(engine, out, names, witnesses, options, again=arguments.again))
         except OSError as error:  # of this engine alone: the others are still worth trying
             told["failed"].append(f"{engine}: {error}")
     if arguments.together:

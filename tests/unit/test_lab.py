@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,18 @@ import pytest
 from lab import kvm, userfault
 from lab.check import differences
 from lab.runner import Run, Truth
-from lab.scenarios import RAISED_INSIDE_KVM_RUN, SCENARIOS, Lifecycle, Outcome, Scenario, vmcb
+from lab.scenarios import SCENARIOS
+from lab.stage import (
+    DECLARED,
+    RAISED_INSIDE_KVM_RUN,
+    TRIPLE_FAULT,
+    Lifecycle,
+    Outcome,
+    Scenario,
+    Several,
+    request_of,
+    vmcb,
+)
 from probes.plan import make, tells
 from probes.schema import Site
 
@@ -36,6 +48,9 @@ STRUCTS = [
     kvm.KvmCpuidEntry2,
     kvm.KvmGuestDebug,
     kvm.KvmDirtyGfn,
+    kvm.KvmInterrupt,
+    kvm.KvmClockData,
+    kvm.KvmMsi,
     kvm.KvmMpState,
     kvm.KvmRun,
     userfault.UffdioApi,
@@ -147,23 +162,40 @@ def test_no_number_is_written_twice(enum: type[IntEnum]) -> None:
 
 ENDS = {"delivered", "reflected", "cleared", "handed_over", "lost", "abandoned"}
 RAISERS = {"set_mce", "set_vcpu_events", *RAISED_INSIDE_KVM_RUN}
+# Of other requests than the triple fault.
+OTHER_ENDS = {"serviced", "cleared", "handed_over", "lost", "abandoned"}
+OTHER_RAISERS = {"nmi", "smi", "set_vcpu_events", "ioctl", "remote", "kvm_run", "unknown"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_expectations_are_possible(scenario: Scenario) -> None:
     """A finished scenario leaves nothing open, and each end agrees with the saves before it."""
     for one in (one for outcome in scenario.outcomes for one in outcome.lifecycles):
-        assert one["end"] in ENDS
-        assert one["raised_by"] in RAISERS
+        assert request_of(one) in scenario.about
+        fault = request_of(one) == TRIPLE_FAULT
+        assert one["end"] in (ENDS if fault else OTHER_ENDS)
+        assert one["raised_by"] in (RAISERS if fault else OTHER_RAISERS)
         assert 0 <= one["vm"] < scenario.vms
         assert one["end"] != "lost" or one["blind_saves"]
         assert one["end"] != "handed_over" or one["saves"]
         assert one["end"] != "abandoned" or not one["saves"] + one["blind_saves"]
         assert one["end"] != "reflected" or one["nested"]
     assert all(one["end"] == "open" for one in scenario.held)
-    assert len(set(map(json.dumps, (one.lifecycles for one in scenario.outcomes)))) == len(scenario.outcomes)
+    assert len(set(map(repr, scenario.outcomes))) == len(scenario.outcomes)
     assert len(scenario.title) <= 58, "the list must fit in 80 columns"
     assert len(scenario.name) <= 21
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_what_cannot_be_counted_has_bounds(scenario: Scenario) -> None:
+    """Of requests that it is about; a triple fault is always counted."""
+    for several in (several for outcome in scenario.outcomes for several in outcome.several):
+        like = several.like
+        assert request_of(like) in scenario.others
+        assert 0 <= like.get("vm", 0) < scenario.vms
+        assert like.get("end", "serviced") in OTHER_ENDS
+        assert like.get("raised_by", "remote") in OTHER_RAISERS
+        assert several.most is None or 0 <= several.few(False) <= several.few(True) <= several.most
 
 
 def test_what_kvm_run_does_inside_is_seen_by_an_engine_with_hooks_there() -> None:
@@ -210,6 +242,7 @@ def a_report(run: Run) -> dict[str, Any]:
     vms = [{"vm": 100 + place, "pid": 7, "first_ns": 10 + place} for place in range(run.vms)]
     others = [{"vm": 90, "pid": 7, "first_ns": 9}, {"vm": 91, "pid": 8, "first_ns": 11}]
     return {
+        "recording": {"requests": ["triple_fault", "nmi", "clock_update"], "detail": "boundary"},
         "vms": [*vms[::-1], *others],
         "lifecycles": [{**one, "vm": 100 + one["vm"], "why": ""} for one in truth.lifecycles] + [{"vm": 90}],
         "shutdowns": [{**one, "vm": 100 + one["vm"]} for one in truth.shutdowns] + [{"vm": 91}],
@@ -240,6 +273,57 @@ def test_a_wrong_report_differs(change: dict[str, Any], told: list[str]) -> None
     wrong = differences(report, run, RAISED_INSIDE_KVM_RUN)
     assert len(wrong) == len(told)
     assert all(line.startswith("rsm: ") and part in line for line, part in zip(wrong, told, strict=True))
+
+
+def watched(report: dict[str, Any], *requests: str) -> dict[str, Any]:
+    """Return what a recording that watched these requests only would have reported."""
+    rows = [row for row in report["lifecycles"] if request_of(row) in requests]
+    return {**report, "lifecycles": rows, "recording": {**report["recording"], "requests": list(requests)}}
+
+
+def test_only_what_was_watched_and_what_a_scenario_is_about_is_compared() -> None:
+    """A triple fault is what every scenario is about; of other requests it says what it knows."""
+    run = a_run("exit_storm")
+    report = a_report(run)
+    assert {request_of(row) for row in report["lifecycles"]} == {"triple_fault", "nmi"}
+    for requests in (("triple_fault",), ("nmi",), ("nmi", "triple_fault"), ("tlb_flush",)):
+        assert differences(watched(report, *requests), run, ()) == []
+    only_faults = watched(report, "triple_fault")
+    assert "lack" in differences({**only_faults, "recording": report["recording"]}, run, ())[0]
+    other = {**report["lifecycles"][0], "request": "clock_update"}
+    assert differences({**report, "lifecycles": [*report["lifecycles"], other]}, run, ()) == []
+    fault = {**report["lifecycles"][0], "request": "triple_fault"}
+    assert "must not" in differences({**report, "lifecycles": [*report["lifecycles"], fault]}, run, ())[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "detail", "right"),
+    [(2, "boundary", False), (3, "boundary", True), (4, "full", False), (5, "full", True), (7, "full", True),
+     (8, "full", False), (8, "boundary", False)],
+)  # fmt: skip
+def test_what_cannot_be_counted_is_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, count: int, detail: str, right: bool
+) -> None:
+    """Other bounds where guest entries are seen; what is like nothing that is known differs."""
+    like = Lifecycle(request="nmi", vcpu=0, end="serviced")
+    scenario = replace(SCENARIOS["nmi"], expect=(), several=(Several(like, 3, 7, least_full=5),))
+    monkeypatch.setitem(DECLARED, "nmi", scenario)
+    run = a_run("nmi")
+    report = a_report(run)
+    row = {**like, "vm": 100, "why": ""}
+    report["lifecycles"] = [row] * count
+    report["recording"]["detail"] = detail
+    assert (differences(report, run, ()) == []) is right
+    report["lifecycles"] = [*[row] * 5, {**row, "vcpu": 1}]
+    assert "must not" in differences(report, run, ())[0]
+    report["lifecycles"] = [*[row] * 5, {**row, "why": "a gap"}]
+    assert "a gap" in differences(report, run, ())[0]
+
+
+def test_bounds_are_those_of_each_run() -> None:
+    """A run that has too many makes up for none that has too few."""
+    twice = Truth.of(SCENARIOS["clock_update"], 2)
+    assert [one.like["vm"] for one in twice.several] == sorted([0, 1] * len(SCENARIOS["clock_update"].several))
 
 
 def test_a_report_of_other_vms_differs() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lab.runner import Run
-from lab.scenarios import RAISED_INSIDE_KVM_RUN, SCENARIOS, Scenario, never_outside
+from lab.scenarios import SCENARIOS
+from lab.stage import RAISED_INSIDE_KVM_RUN, Scenario, never_outside
 from tests.matrix import MatrixError, apt, inside, kernels, suite, truth, vendors, verdicts
 
 ROW: dict[str, Any] = {"vm": 0, "vcpu": 0, "raised_by": "set_mce", "end": "lost", "blind_saves": 1}
@@ -28,7 +29,7 @@ def report(*rows: dict[str, Any], vms: tuple[int, ...] = (7,)) -> dict[str, Any]
         "vms": [{"vm": 1, "first_ns": 50, "pid": 5}, *({"vm": vm, "first_ns": 150 + vm, "pid": 5} for vm in vms)],
         "lifecycles": [earlier, *({"vm": vms[0], "why": "", **row} for row in rows)],
         "shutdowns": [],
-        "recording": {"plan": []},
+        "recording": {"plan": [], "requests": ["triple_fault"], "detail": "boundary"},
         "loss": {"missed": 0},
     }
 
