@@ -243,6 +243,12 @@ class KvmMsi(ctypes.Structure):
     ]
 
 
+class KvmLapicState(ctypes.Structure):
+    """struct kvm_lapic_state: the registers of a local APIC, each in the first 4 of 16 bytes."""
+
+    _fields_ = [("regs", ctypes.c_char * 1024)]
+
+
 class KvmMpState(ctypes.Structure):
     """struct kvm_mp_state."""
 
@@ -345,6 +351,8 @@ class Ioctl(IntEnum):
     KVM_GET_SREGS = _ior(0x83, KvmSregs)
     KVM_SET_SREGS = _iow(0x84, KvmSregs)
     KVM_INTERRUPT = _iow(0x86, KvmInterrupt)
+    KVM_GET_LAPIC = _ior(0x8E, KvmLapicState)
+    KVM_SET_LAPIC = _iow(0x8F, KvmLapicState)
     KVM_SET_CPUID2 = _iow(0x90, KvmCpuid2)
     KVM_GET_MP_STATE = _ior(0x98, KvmMpState)
     KVM_SET_MP_STATE = _iow(0x99, KvmMpState)
@@ -538,23 +546,28 @@ class Vm(_File):
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
         super().__init__(fd)
         self.vcpu_mmap_size = vcpu_mmap_size
-        self._memory: list[Pages] = []
+        self.memory: list[Pages] = []
+        """In order of its slots."""
 
     def close(self) -> None:
         """Close the VM, then give back its memory."""
         super().close()
-        while self._memory:
-            self._memory.pop().close()
+        while self.memory:
+            self.memory.pop().close()
 
     def write(self, gpa: int, data: bytes) -> None:
         """Put ``data`` into the memory that was added first, at 0."""
-        self._memory[0].write(gpa, data)
+        self.memory[0].write(gpa, data)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return what is in the memory that was added first, at 0."""
+        return self.memory[0].read(gpa, size)
 
     def add_memory(self, gpa: int, size: int, *, address_space: int = 0, flags: int = 0) -> Pages:
         """Give the guest ``size`` bytes of memory at ``gpa``; in address space 1 it sees them in SMM only."""
         pages = Pages(size)
-        self._memory.append(pages)
-        slot = address_space << 16 | len(self._memory) - 1
+        self.memory.append(pages)
+        slot = address_space << 16 | len(self.memory) - 1
         region = KvmUserspaceMemoryRegion(slot, flags, gpa, size, pages.address)
         self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
         return pages
@@ -568,7 +581,7 @@ class Vm(_File):
         self._set_slot(pages, 0, 0, 0)
 
     def _set_slot(self, pages: Pages, gpa: int, size: int, flags: int) -> None:
-        region = KvmUserspaceMemoryRegion(self._memory.index(pages), flags, gpa, size, pages.address)
+        region = KvmUserspaceMemoryRegion(self.memory.index(pages), flags, gpa, size, pages.address)
         self.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
 
     def set_clock(self, clock_ns: int) -> None:
@@ -605,6 +618,10 @@ class Vm(_File):
 
 
 RUN_TIMEOUT_S = 5.0
+
+# Intel SDM volume 3, "Spurious-Interrupt Vector Register".
+_LAPIC_SPURIOUS_VECTOR = 0xF0
+_LAPIC_ENABLED = 1 << 8
 
 
 class Vcpu(_File):
@@ -689,6 +706,13 @@ class Vcpu(_File):
     def set_mp_state(self, state: MpState) -> None:
         """Set the vCPU's MpState."""
         self.ioctl(Ioctl.KVM_SET_MP_STATE, KvmMpState(state))
+
+    def enable_lapic(self) -> None:
+        """Enable the local APIC, as a guest does: it takes interrupts now, and KVM finds it by its id."""
+        lapic = self._get(Ioctl.KVM_GET_LAPIC, KvmLapicState())
+        vector = ctypes.c_uint32.from_buffer(lapic, _LAPIC_SPURIOUS_VECTOR)
+        vector.value |= _LAPIC_ENABLED
+        self.ioctl(Ioctl.KVM_SET_LAPIC, lapic)
 
     def get_vcpu_events(self) -> KvmVcpuEvents:
         """Return the pending events: what a VMM saves."""

@@ -6,20 +6,42 @@ ioctl is in progress is still exact: ``raised_by`` is "remote" then, and the vCP
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import cast
 
-from lab.kvm import Cap, Exit, Kvm, LabError, Vcpu, Vm
+from lab.kvm import (
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_VCPUEVENT_VALID_SMM,
+    RUN_TIMEOUT_S,
+    Cap,
+    Exit,
+    Kvm,
+    KvmVcpuEvents,
+    LabError,
+    Pages,
+    TimedOut,
+    Vcpu,
+    Vm,
+)
 from lab.stage import (
     CODE_GPA,
     EXITS,
     Lifecycle,
+    Outcome,
     Several,
     Stage,
     bounce,
     lifecycle,
+    no_hardware,
     no_immediate_exit,
     no_mce,
+    no_smm,
     raise_by_mce,
     run_until,
     scenario,
@@ -44,21 +66,56 @@ def no_set_clock(kvm: Kvm) -> str | None:
 _IDLE_PORT, _HANDLER_PORT = 0x80, 0x81
 _HANDLER_AT = 0x40
 
-# Goes to user space for ever, and to another port in its interrupt handler.
-#   fb      sti
-#   e6 80   1: out %al, $0x80
-#   eb fc      jmp 1b
+# Writes to memory at 0x2000 and goes to user space, for ever; to another port in its interrupt handler.
+#   fb              sti
+#   ff 06 00 20     1: incw 0x2000
+#   e6 80              out %al, $0x80
+#   eb f8              jmp 1b
 # the handler:
+#   e6 81           out %al, $0x81
+#   cf              iret
+_HANDLER = bytes.fromhex("e681 cf")
+INTERRUPTED = bytes.fromhex("fb ff060020 e680 ebf8").ljust(_HANDLER_AT, b"\xf4") + _HANDLER
+_NMI_VECTOR, _VECTOR = 2, 0x20
+_MOST_EXITS = 5  # to the handler, from where the guest may be
+
+# The same, and goes to user space in its interrupt handler only.
+#   fb              sti
+#   ff 06 00 20     1: incw 0x2000
+#   eb fa              jmp 1b
+COUNTING = bytes.fromhex("fb ff060020 ebfa").ljust(_HANDLER_AT, b"\xf4") + _HANDLER
+_COUNTER_GPA = 0x2000
+
+# Goes to user space, and leaves SMM.
 #   e6 81   out %al, $0x81
-#   cf      iret
-INTERRUPTED = bytes.fromhex("fb e680 ebfc").ljust(_HANDLER_AT, b"\xf4") + bytes.fromhex("e681 cf")
-_NMI_VECTOR = 2
+#   0f aa   rsm
+SMI_HANDLER = bytes.fromhex("e681 0faa")
 _MOST_EXITS = 5  # to the handler, from where the guest may be
 
 
 def _handle(vm: Vm, vector: int) -> None:
     """Have the guest's interrupt table lead to the handler."""
     vm.write(4 * vector, struct.pack("<HH", CODE_GPA + _HANDLER_AT, 0))
+
+
+class _Counter:
+    """What the guest COUNTING counts."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._last = self._read()
+
+    def _read(self) -> bytes:
+        return self._vm.read(_COUNTER_GPA, 2)
+
+    def wait(self) -> None:
+        """Wait until the guest has counted on: it runs."""
+        end = time.monotonic() + RUN_TIMEOUT_S
+        while (now := self._read()) == self._last:
+            if time.monotonic() > end:
+                raise LabError(f"the guest does not count within {RUN_TIMEOUT_S:g} s")
+            time.sleep(0)
+        self._last = now
 
 
 def _run_to(vcpu: Vcpu, port: int) -> None:
@@ -68,6 +125,10 @@ def _run_to(vcpu: Vcpu, port: int) -> None:
         if vcpu.kvm_run.io.port == port:
             return
     raise LabError(f"the guest does not write to port {port:#x}")
+
+
+def _serviced(request: str, vcpu: int = 0, **more: str) -> Lifecycle:
+    return cast(Lifecycle, {"request": request, "vm": 0, "vcpu": vcpu, "end": "serviced", **more})
 
 
 # --- NMI ----------------------------------------------------------------------------------------------------
@@ -86,6 +147,306 @@ def nmi(stage: Stage) -> None:
         for _ in range(EXITS):
             vcpu.nmi()
             _run_to(vcpu, _HANDLER_PORT)
+
+
+_DELIVER_NMI = 4 << 8  # delivery mode of an MSI (Intel SDM volume 3, "Message Data Register Format")
+
+
+def no_msi(kvm: Kvm) -> str | None:
+    """Say why a message cannot be sent to a local APIC."""
+    caps = (Cap.KVM_CAP_IRQCHIP, Cap.KVM_CAP_SIGNAL_MSI, Cap.KVM_CAP_MP_STATE)
+    missing = [cap.name for cap in caps if not kvm.check_extension(cap)]
+    return f"no {' and no '.join(missing)}" if missing else None
+
+
+@scenario(
+    *[lifecycle("serviced", request="nmi", raised_by="remote")] * EXITS,
+    needs=[no_msi],
+    code=INTERRUPTED,
+    about=["nmi"],
+)
+def nmi_remote(stage: Stage) -> None:
+    """23 NMIs sent to a vCPU that is in user space."""
+    with stage.vcpus(1, irqchip=True) as (vcpu,):
+        _handle(vcpu.vm, _NMI_VECTOR)
+        _run_to(vcpu, _IDLE_PORT)
+        for _ in range(EXITS):
+            vcpu.vm.signal_msi(0, _DELIVER_NMI)
+            _run_to(vcpu, _HANDLER_PORT)
+
+
+# An emulated guest does not leave: one KVM_RUN raises the request and services it, and has no reading between.
+_KICKS_UNSEEN = Outcome(several=(Several(_serviced("nmi"), most=EXITS),))
+
+
+@scenario(
+    several=(Several(_serviced("nmi"), most=EXITS, least_full=1),),
+    needs=[no_msi],
+    code=COUNTING,
+    otherwise=(_KICKS_UNSEEN,),
+    about=["nmi"],
+)
+def nmi_kicked(stage: Stage) -> Outcome | None:
+    """23 NMIs kick a vCPU out of its guest."""
+    with stage.vcpus(1, irqchip=True) as (vcpu,), ThreadPoolExecutor(1) as thread:
+        _handle(vcpu.vm, _NMI_VECTOR)
+        counter = _Counter(vcpu.vm)
+        for _ in range(EXITS):
+            running = thread.submit(_run_to, vcpu, _HANDLER_PORT)
+            counter.wait()
+            vcpu.vm.signal_msi(0, _DELIVER_NMI)
+            running.result()
+    return _KICKS_UNSEEN if no_hardware(stage.kvm) else None
+
+
+# --- SMI ----------------------------------------------------------------------------------------------------
+
+
+@scenario(
+    *[lifecycle("serviced", request="smi", raised_by="smi")] * EXITS,
+    needs=[no_smm],
+    code=INTERRUPTED,
+    about=["smi"],
+)
+def smi(stage: Stage) -> None:
+    """23 SMIs from user space, each handled by the guest."""
+    with stage.with_smm(SMI_HANDLER) as vcpu:
+        for _ in range(EXITS):
+            vcpu.smi()
+            _run_to(vcpu, _HANDLER_PORT)
+
+
+_SMI_LOST = Outcome((lifecycle("lost", request="smi", raised_by="smi", blind_saves=1),))
+
+
+# Before Linux commit 1f7becf1b7e2 ("KVM: x86: get smi pending status correctly") (in v5.11) a save left it behind.
+@scenario(
+    lifecycle("serviced", request="smi", raised_by="smi"),
+    needs=[no_smm],
+    code=INTERRUPTED,
+    otherwise=(_SMI_LOST,),
+    about=["smi"],
+)
+def smi_saved(stage: Stage) -> Outcome | None:
+    """A save takes an SMI along, or loses it."""
+    with stage.with_smm(SMI_HANDLER) as vcpu:
+        vcpu.smi()
+        events = vcpu.get_vcpu_events()
+        return None if events.flags & KVM_VCPUEVENT_VALID_SMM and events.smi.pending else _SMI_LOST
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+def _settle(vcpu: Vcpu) -> None:
+    """Run the guest on until nothing that has just happened keeps KVM_REQ_EVENT pending.
+
+    An emulated IRET that lets interrupts in raises it; the next KVM_RUN services it.
+    """
+    for _ in range(2):
+        _run_to(vcpu, _IDLE_PORT)
+
+
+@scenario(
+    several=(Several(_serviced("event"), EXITS),),
+    needs=[],
+    code=INTERRUPTED,
+    about=["event"],
+)
+def interrupt(stage: Stage) -> None:
+    """23 interrupts from user space, each handled by the guest."""
+    with stage.guest() as vcpu:
+        _handle(vcpu.vm, _VECTOR)
+        _settle(vcpu)
+        for _ in range(EXITS):
+            vcpu.interrupt(_VECTOR)
+            _run_to(vcpu, _HANDLER_PORT)
+            _settle(vcpu)
+
+
+@scenario(
+    several=(Several(_serviced("event", raised_by="set_vcpu_events"), EXITS, EXITS), Several(_serviced("event"))),
+    needs=[],
+    code=INTERRUPTED,
+    about=["event"],
+)
+def interrupt_restored(stage: Stage) -> None:
+    """23 interrupts injected by SET_VCPU_EVENTS."""
+    with stage.guest() as vcpu:
+        _handle(vcpu.vm, _VECTOR)
+        _settle(vcpu)
+        for _ in range(EXITS):
+            vcpu.set_vcpu_events(_injected(_VECTOR))
+            _run_to(vcpu, _HANDLER_PORT)
+            _settle(vcpu)
+
+
+def _injected(vector: int) -> KvmVcpuEvents:
+    """Return events in which an interrupt is being delivered."""
+    events = KvmVcpuEvents()
+    events.interrupt.injected, events.interrupt.nr = 1, vector
+    return events
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+SLOT_CHANGES, SLOT_VCPUS = 19, 3
+_SLOT_GPA, _SLOT_SIZE = 0x10_0000, 0x1_0000
+# What KVM has every vCPU do when a memslot goes: the same thing, under another name since Linux commit 527d5cd7eece
+# ("KVM: x86/mmu: Zap only obsolete roots if a root shadow page is zapped") (in v5.18).
+_ROOTS = ("mmu_reload", "mmu_free_obsolete_roots")
+# Besides that, what frees the last root flushes, on some kernels: on no vCPU more often than slots go.
+_FLUSHES = tuple(Several({"request": "tlb_flush", "vm": 0, "vcpu": vcpu}) for vcpu in range(SLOT_VCPUS))
+
+
+@scenario(
+    *[
+        lifecycle("serviced", request=request, vcpu=vcpu, raised_by="remote")
+        for request in _ROOTS
+        for vcpu in range(SLOT_VCPUS)
+        for _ in range(SLOT_CHANGES)
+    ],
+    several=_FLUSHES,
+    needs=[],
+    code=INTERRUPTED,
+    about=[*_ROOTS, "tlb_flush"],
+)
+def slot_deleted(stage: Stage) -> None:
+    """A memslot goes 19 times, and every vCPU must hear of it."""
+    with stage.vcpus(SLOT_VCPUS) as vcpus:
+        vm = vcpus[0].vm
+        pages = vm.add_memory(_SLOT_GPA, _SLOT_SIZE)
+        _turn(vcpus)
+        for _ in range(SLOT_CHANGES):
+            vm.remove_memory(pages)
+            _turn(vcpus)
+            vm.place_memory(pages, _SLOT_GPA)
+
+
+def _turn(vcpus: Sequence[Vcpu]) -> None:
+    """Run each vCPU once."""
+    for vcpu in vcpus:
+        _run_to(vcpu, _IDLE_PORT)
+
+
+@scenario(
+    *[
+        lifecycle("serviced", request=request, vcpu=vcpu, raised_by="remote")
+        for request in _ROOTS
+        for vcpu in range(SLOT_VCPUS)
+        for _ in range(SLOT_CHANGES)
+    ],
+    several=_FLUSHES,
+    needs=[],
+    code=INTERRUPTED,
+    about=[*_ROOTS, "tlb_flush"],
+)
+def slot_moved(stage: Stage) -> None:
+    """A memslot moves 19 times, and every vCPU must hear of it."""
+    with stage.vcpus(SLOT_VCPUS) as vcpus:
+        vm = vcpus[0].vm
+        pages = vm.add_memory(_SLOT_GPA, _SLOT_SIZE)
+        _turn(vcpus)
+        for change in range(SLOT_CHANGES):
+            vm.place_memory(pages, _SLOT_GPA + (change + 1) % 2 * _SLOT_SIZE)
+            _turn(vcpus)
+
+
+@scenario(
+    several=tuple(
+        Several({"request": "tlb_flush", "vm": 0, "vcpu": vcpu, "raised_by": "remote"}, SLOT_CHANGES, SLOT_CHANGES + 1)
+        for vcpu in range(SLOT_VCPUS)
+    ),
+    needs=[],
+    code=INTERRUPTED,
+    about=["tlb_flush"],
+)
+def slot_logged(stage: Stage) -> None:
+    """Dirty logging of what the guest writes begins 19 times.
+
+    Where several vCPUs share their page tables, the first one's first KVM_RUN has the others flush, too.
+    """
+    with stage.vcpus(SLOT_VCPUS) as vcpus:
+        vm = vcpus[0].vm
+        _turn(vcpus)
+        for _ in range(SLOT_CHANGES):
+            vm.place_memory(vm.memory[0], 0, flags=KVM_MEM_LOG_DIRTY_PAGES)
+            _turn(vcpus)
+            vm.place_memory(vm.memory[0], 0)
+            _turn(vcpus)
+
+
+@scenario(
+    several=(
+        *(Several({"request": request}, most=SLOT_CHANGES * SLOT_VCPUS) for request in _ROOTS),
+        Several({"request": "tlb_flush"}),
+    ),
+    needs=[],
+    code=COUNTING,
+    about=[*_ROOTS, "tlb_flush"],
+)
+def slot_while_running(stage: Stage) -> None:
+    """A memslot goes 19 times while three vCPUs run.
+
+    How many of the requests are seen depends on the detail; those that are raised before a vCPU has serviced the last
+    one are one.
+    """
+    with stage.vcpus(SLOT_VCPUS) as vcpus, ThreadPoolExecutor(SLOT_VCPUS) as threads:
+        vm = vcpus[0].vm
+        pages = vm.add_memory(_SLOT_GPA, _SLOT_SIZE)
+        counter = _Counter(vm)
+        running = [threads.submit(vcpu.run) for vcpu in vcpus]
+        try:
+            for _ in range(SLOT_CHANGES):
+                counter.wait()
+                vm.remove_memory(pages)
+                vm.place_memory(pages, _SLOT_GPA)
+        finally:
+            for vcpu in vcpus:
+                vcpu.stop()
+        for one in running:
+            with contextlib.suppress(TimedOut):
+                one.result()
+
+
+# --- the end ------------------------------------------------------------------------------------------------
+
+
+def _abandoned(request: str, vm: int) -> Lifecycle:
+    return {"request": request, "vm": vm, "vcpu": 0, "raised_by": "remote", "end": "abandoned"}
+
+
+@scenario(
+    *(_abandoned(request, vm) for vm in range(2) for request in (*_ROOTS, "clock_update")),
+    several=tuple(
+        several
+        for vm in range(2)
+        for several in (
+            Several({"request": "event", "vm": vm, "end": "abandoned"}, 1, 1),
+            Several({**_serviced("event"), "vm": vm}),
+            Several({**_serviced("clock_update"), "vm": vm}),
+            Several({"request": "tlb_flush", "vm": vm}),
+        )
+    ),
+    needs=[no_set_clock],
+    code=INTERRUPTED,
+    vms=2,
+    about=[*_ROOTS, "tlb_flush", "clock_update", "event"],
+)
+def dropped(stage: Stage) -> None:
+    """VMs end with requests pending that carry no state: no loss.
+
+    One of them after a save, which could not have carried them.
+    """
+    for saved in (False, True):
+        with stage.guest() as vcpu:
+            pages = vcpu.vm.add_memory(_SLOT_GPA, _SLOT_SIZE)
+            _settle(vcpu)
+            vcpu.set_vcpu_events(KvmVcpuEvents())
+            vcpu.vm.set_clock(_CLOCK_NS)
+            vcpu.vm.remove_memory(pages)
+            if saved:
+                vcpu.get_vcpu_events()
 
 
 # --- immediate exits ----------------------------------------------------------------------------------------
@@ -122,10 +483,6 @@ _CLOCK_NS = 1_000_000_000
 _CLOCKS_OF_KVM = 2  # of the others' first KVM_RUN, and of kvmclock_update_work
 
 
-def _serviced(request: str, vcpu: int = 0, **more: str) -> Lifecycle:
-    return cast(Lifecycle, {"request": request, "vm": 0, "vcpu": vcpu, "end": "serviced", **more})
-
-
 @scenario(
     several=(
         *(
@@ -151,3 +508,89 @@ def clock_update(stage: Stage) -> None:
             vcpus[0].vm.set_clock((turn + 1) * _CLOCK_NS)
             for vcpu in vcpus:
                 _run_to(vcpu, _IDLE_PORT)
+
+
+# --- load ---------------------------------------------------------------------------------------------------
+
+BUSY_VCPUS, BUSY_S = 4, 1.0
+_IPI_VECTOR = 0x21
+
+# Goes to user space, interrupts the next vCPU and waits for an interrupt, for ever. DS is where the local APIC is, EBX
+# the next vCPU's APIC id in bits 24 to 31.
+#   fb                            sti
+#   e6 80                         1: out %al, $0x80
+#   66 89 1e 10 03                   mov %ebx, 0x310          interrupt command register: destination
+#   66 c7 06 00 03 21 00 00 00       movl $0x21, 0x300        fixed delivery of vector 0x21
+#   f4                               hlt
+#   eb ed                            jmp 1b
+# the handler of NMIs:
+#   e6 81                         out %al, $0x81
+#   cf                            iret
+# the handler of interrupts:
+#   66 c7 06 b0 00 00 00 00 00    movl $0, 0xb0               end of interrupt
+#   cf                            iret
+BUSY = (
+    bytes.fromhex("fb e680 66891e1003 66c706000321000000 f4 ebed").ljust(_HANDLER_AT, b"\xf4")
+    + _HANDLER
+    + bytes.fromhex("66c706b00000000000 cf")
+)
+_INTERRUPT_HANDLER_AT = _HANDLER_AT + len(_HANDLER)
+_LAPIC_GPA = 0xFEE0_0000
+
+
+@scenario(needs=[no_msi, no_set_clock], code=BUSY)
+def busy(stage: Stage) -> None:
+    """Four vCPUs at work for a second: to measure latencies.
+
+    They go to user space, sleep, and wake each other. NMIs, interrupts, memslots that go and a clock that is set
+    disturb them; nothing raises a triple fault.
+    """
+    with stage.vcpus(BUSY_VCPUS, irqchip=True) as vcpus, ThreadPoolExecutor(BUSY_VCPUS) as threads:
+        vm = vcpus[0].vm
+        _handle(vm, _NMI_VECTOR)
+        for vector in (_VECTOR, _IPI_VECTOR):
+            vm.write(4 * vector, struct.pack("<HH", CODE_GPA + _INTERRUPT_HANDLER_AT, 0))
+        pages = vm.add_memory(_SLOT_GPA, _SLOT_SIZE)
+        for number, vcpu in enumerate(vcpus):
+            sregs, regs = vcpu.get_sregs(), vcpu.get_regs()
+            sregs.ds.base = _LAPIC_GPA
+            regs.rbx = (number + 1) % BUSY_VCPUS << 24
+            vcpu.set_sregs(sregs)
+            vcpu.set_regs(regs)
+        exits, over = threading.Semaphore(0), threading.Event()
+
+        def work(vcpu: Vcpu) -> None:
+            while not over.is_set():
+                run_until(vcpu, Exit.KVM_EXIT_IO)
+                exits.release()
+
+        working = [threads.submit(work, vcpu) for vcpu in vcpus]
+        try:
+            _disturb(vm, pages, exits, working)
+        finally:
+            over.set()
+            while wait(working, _DISTURB_S).not_done:
+                for vcpu_id in range(BUSY_VCPUS):
+                    vm.signal_msi(vcpu_id, _VECTOR)
+        for one in working:
+            one.result()
+
+
+_DISTURB_S = 0.005  # without an exit: all sleep
+
+
+def _disturb(vm: Vm, pages: Pages, exits: threading.Semaphore, working: Sequence[Future[None]]) -> None:
+    """Do something to the vCPUs after each of their exits, until time is up or one of them has failed."""
+    end = time.monotonic() + BUSY_S
+    for turn in itertools.count():
+        exits.acquire(timeout=_DISTURB_S)
+        if time.monotonic() > end or any(one.done() for one in working):
+            return
+        vcpu_id = turn % BUSY_VCPUS
+        if turn % 61 == 0:
+            vm.set_clock((turn + 1) * _CLOCK_NS)
+        elif turn % 31 == 0:
+            vm.remove_memory(pages)
+            vm.place_memory(pages, _SLOT_GPA)
+        else:
+            vm.signal_msi(vcpu_id, _DELIVER_NMI if turn % 7 == 0 else _VECTOR)

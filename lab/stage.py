@@ -33,6 +33,7 @@ from lab.kvm import (
     KvmVcpuEvents,
     KvmX86Mce,
     LabError,
+    MpState,
     Pages,
     Vcpu,
     Vm,
@@ -131,8 +132,11 @@ class Outcome:
         ]
 
     def __str__(self) -> str:
-        known = (*self.lifecycles, *(one.like for one in self.several))
-        ends = ", ".join(dict.fromkeys(filter(None, map(in_words, known)))) or "no request"
+        known = (*self.lifecycles, *(one.like for one in self.several if one.least or one.few(full=True)))
+        requests: dict[str, dict[str, None]] = {}
+        for one in known:
+            requests.setdefault(one.get("end", "seen"), {})[request_of(one)] = None
+        ends = ", ".join(_of_requests(end, list(names)) for end, names in requests.items()) or "no request"
         return f"{ends}; hardware shutdown" if self.hardware_shutdowns else ends
 
     def seen(self, tells: Collection[str]) -> Outcome:
@@ -163,9 +167,17 @@ def request_of(lifecycle: Mapping[str, object]) -> str:
 
 
 def in_words(lifecycle: Lifecycle) -> str:
-    """Return what became of a request, and of which one if it is not a triple fault; nothing if that is not known."""
-    request, end = request_of(lifecycle), lifecycle.get("end", "")
-    return end if request == TRIPLE_FAULT or not end else f"{request} {end}"
+    """Return what became of a request, and of which one if it is not a triple fault."""
+    return _of_requests(lifecycle["end"], [request_of(lifecycle)])
+
+
+_MOST_NAMES = 2  # on a line of the list
+
+
+def _of_requests(end: str, requests: Sequence[str]) -> str:
+    if list(requests) == [TRIPLE_FAULT]:
+        return end
+    return f"{' and '.join(requests) if len(requests) <= _MOST_NAMES else f'{len(requests)} requests'} {end}"
 
 
 # Says why a host cannot run a scenario, if it cannot.
@@ -362,6 +374,7 @@ _PAGE_DIRECTORY_GPA, _VMCB_GPA = 0x3000, 0x4000
 _PAGE = 0x1000
 _SMM = 1  # address space
 _SAVED_STATE_GPA = 0x3_0000 + 0x1_0000 - _PAGE
+_SMI_HANDLER_GPA = 0x3_0000 + 0x8000
 
 
 def impossible_state() -> bytes:
@@ -392,13 +405,13 @@ class Stage:
         self.vms = 0
         self.pids: set[int] = set()
         """The processes that had them."""
-        self._kvm = kvm
+        self.kvm = kvm
         self._code = code
 
     @contextlib.contextmanager
     def vm(self, *, triple_fault_event: bool = False, irqchip: bool = False) -> Iterator[Vm]:
         """Create a VM with the scenario's code in its memory."""
-        with self._kvm.create_vm() as vm:
+        with self.kvm.create_vm() as vm:
             self.vms += 1
             self.pids.add(os.getpid())
             vm.set_tss_addr(_TSS_GPA)
@@ -422,8 +435,21 @@ class Stage:
         with self.vm(irqchip=irqchip) as vm, contextlib.ExitStack() as stack:
             vcpus = [stack.enter_context(vm.create_vcpu(vcpu_id)) for vcpu_id in range(count)]
             for vcpu in vcpus:
+                if irqchip:
+                    vcpu.enable_lapic()
+                    vcpu.set_mp_state(MpState.KVM_MP_STATE_RUNNABLE)  # else all but the first wait for an INIT
                 start(vcpu)
             yield vcpus
+
+    @contextlib.contextmanager
+    def with_smm(self, handler: bytes) -> Iterator[Vcpu]:
+        """Create a guest that handles SMIs: in system management mode it has the memory that this takes."""
+        with self.vm() as vm:
+            vm.add_memory(_SMI_HANDLER_GPA, _PAGE, address_space=_SMM).write(0, handler)
+            vm.add_memory(_SAVED_STATE_GPA, _PAGE, address_space=_SMM)
+            with vm.create_vcpu(0) as vcpu:
+                start(vcpu)
+                yield vcpu
 
     @contextlib.contextmanager
     def smm(self) -> Iterator[tuple[Vcpu, Pages]]:
@@ -448,7 +474,7 @@ class Stage:
         ``intercept``: it asks for a #VMEXIT when that one shuts down.
         """
         with self.vm() as vm, vm.create_vcpu(0) as vcpu:
-            vcpu.set_cpuid(self._kvm.get_supported_cpuid())
+            vcpu.set_cpuid(self.kvm.get_supported_cpuid())
             vm.write(_PAGE_DIRECTORY_GPA, struct.pack("<I", _PAGE_4M_AT_0))
             vm.write(_VMCB_GPA, vmcb(guest, intercept))
             start_protected(vcpu, paging=True, efer=_EFER_SVME)
