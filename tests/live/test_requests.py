@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lab.check import differences
+from lab.requests import BUSY_VCPUS
 from lab.runner import Run, runnable
 from lab.scenarios import SCENARIOS
 from probes.plan import tells
@@ -58,3 +59,18 @@ def test_a_list_of_requests_is_as_right_as_all(traced: Traced, tmp_path: Any, na
     assert set(document["recording"]["requests"]) == watched
     for run in runs:
         assert differences(document, run, tells(document["recording"]["plan"])) == []
+
+
+def test_the_busy_guest_has_latencies(traced: Traced) -> None:
+    """Its vCPUs service interrupts and hear of the clock while they run, and that is what latencies are made of."""
+    if REASONS["busy"]:
+        pytest.skip(f"busy: {REASONS['busy']}")
+    document, runs = traced
+    run = runs["busy"]
+    (vm,) = (
+        one["vm"] for one in document["vms"] if one["pid"] in run.pids and run.begin_ns <= one["first_ns"] <= run.end_ns
+    )
+    served = [row for row in document["lifecycles"] if row["vm"] == vm and row["end"] == "serviced"]
+    assert {row["vcpu"] for row in served} == set(range(BUSY_VCPUS))
+    while_running = {row["request"] for row in served if row["raised_by"] in ("kvm_run", "remote")}
+    assert while_running >= {"event", "clock_update"}
