@@ -31,10 +31,14 @@ _FIELDS = (
     # As the programs read it, see probes/program.py: the statistic where there is one, else HF_GUEST_MASK.
     ("guest_mode", "kvm_vcpu.stat.guest_mode", True),
     ("hflags", "kvm_vcpu.arch.hflags", True),
+    ("mode", "kvm_vcpu.mode", False),
 )
 
 # Registers that a call preserves (x86-64 psABI).
 PRESERVED = ("bx", "bp", "r12", "r13", "r14", "r15")
+
+#: The function that is given a bitmap of the vCPUs that get a request.
+MASKED = "kvm_make_vcpus_request_mask"
 
 # offsetof in struct kvm_vcpu_events (uapi asm/kvm.h): flags, triple_fault.pending.
 _EVENTS_FLAGS, _EVENTS_PENDING = 20, 28
@@ -123,4 +127,29 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
         return ["ret=$retval:s32"]
     if program == "set_events_end":
         return ["ret=$retval:s32", *_preserved(at)]
+    role, function = called(program)
+    if role in ("entering", "left", "awake"):
+        return _vcpu(at, "%di")
+    if role == "kick":
+        return [*_vcpu(at, "%di"), f"mode=+{at['mode']}(%di):s32"]
+    if role == "request":
+        return ["kvm=%di:x64", "request=%si:u32", *(_masks() if function == MASKED else ())]
+    if role == "request_end":
+        return []
     return _preserved(at)  # a site
+
+
+def called(program: str) -> tuple[str, str]:
+    """Return what a function tells, and its name, for a program that is named after both."""
+    role, _, function = program.partition("__")
+    return role, function
+
+
+def _masks() -> list[str]:
+    # The bitmap is the third argument. On 5.10 it is the fourth, after a vCPU to leave out: its callers there, which
+    # are those for the IOAPIC and Hyper-V's TLB flush, leave none out.
+    return [
+        f"{name}{part}"
+        for name, register in (("third", "dx"), ("fourth", "cx"))
+        for part in (f"=%{register}:x64", f"_mask=+0(%{register}):x64")
+    ]

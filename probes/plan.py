@@ -408,6 +408,66 @@ _FTRACE_OWN = (
         "what a restore set",
     ),
 )
+
+
+def _call(role: str, function: str, fact: str, unseen: str, via: Via = Via.KPROBE_EVENT) -> Hook:
+    """Return a probe event where a function begins or returns, in detail full; its program is ROLE__FUNCTION."""
+    return Hook(fact, via, function, f"{role}__{function}", unseen, full=True)
+
+
+def _told(tracepoint: str, fact: str, unseen: str) -> Hook:
+    return Hook(fact, Via.TRACE_EVENT, f"kvm:{tracepoint}", tracepoint, unseen, full=True)
+
+
+_KICKED = "a vCPU is kicked, by whom, with which requests"
+_ALL = "every vCPU of a VM gets a request, by whom"
+_SOME = "some vCPUs of a VM get a request, by whom"
+_ALL_RETURNED = "every vCPU of a VM has got a request, and its requester goes on"
+_SOME_RETURNED = "some vCPUs of a VM have got a request, and their requester goes on"
+_NO_WORD = "entries of the guest: their requests are not read"
+_LATE = "the requests where the guest was left: they are read at the next hook"
+_NO_REQUESTER = "who raised a request of several vCPUs"
+_NO_RETURN = "how long a requester of several vCPUs waited"
+# A trace event tells that something happened, a probe on a function that is given the vCPU which requests it has then.
+# get_exit_info is what KVM's flavours have for the trace event kvm_exit, which calls it while it is written down.
+# Every vCPU that has stopped blocking and can run goes through kvm_apic_accept_events before it services a request.
+_FTRACE_FULL = (
+    *(
+        _call("entering", name, "the requests with which the guest is entered", _NO_WORD)
+        for name in ("svm_vcpu_run", "vmx_vcpu_run")
+    ),
+    *(
+        _call("left", name, "the requests with which the guest was left", _LATE)
+        for name in ("svm_get_exit_info", "vmx_get_exit_info")
+    ),
+    _call(
+        "awake",
+        "kvm_apic_accept_events",
+        "the requests with which a vCPU stops blocking",
+        "the requests where a vCPU stops blocking: they are read at the next hook",
+    ),
+    _told("kvm_entry", "the guest is entered", "entries of the guest"),
+    _told("kvm_exit", "the guest was left, and why", "exits of the guest"),
+    _told("kvm_vcpu_wakeup", "a vCPU stops blocking", "wake-ups"),
+    _call("kick", "kvm_vcpu_kick", _KICKED, "kicks"),
+    _call("kick", "__kvm_vcpu_kick", _KICKED, "kicks"),
+    *(
+        _call("request_end", name, fact, _NO_RETURN, Via.KRETPROBE_EVENT)
+        for name, fact in (
+            ("kvm_make_all_cpus_request", _ALL_RETURNED),
+            ("kvm_make_all_cpus_request_except", _ALL_RETURNED),
+            ("kvm_make_vcpus_request_mask", _SOME_RETURNED),
+        )
+    ),
+    *(
+        _call("request", name, fact, _NO_REQUESTER)
+        for name, fact in (
+            ("kvm_make_all_cpus_request", _ALL),
+            ("kvm_make_all_cpus_request_except", _ALL),
+            ("kvm_make_vcpus_request_mask", _SOME),
+        )
+    ),
+)
 # Of the kprobe engine's hooks: what its functions cannot be asked by fetch arguments is replaced by hooks of its own.
 FTRACE = (
     *(
@@ -416,6 +476,7 @@ FTRACE = (
         if hook.program in _FTRACE_EVENTS or (hook.via is Via.KRETPROBE and hook.site is not None)
     ),
     *_FTRACE_OWN,
+    *_FTRACE_FULL,
     _event(KPROBE[-1]),
 )
 FTRACE_BLIND = (
@@ -427,6 +488,11 @@ FTRACE_BLIND = (
     Blind(
         "the requests after a function inside KVM whose caller keeps the vCPU in no register",
         "raised_by is kvm_run there",
+    ),
+    Blind(
+        "whether a vCPU was still in guest mode when the requester that waits for it went on",
+        "a requester that returned early: nothing can go through a VM's vCPUs where it returns",
+        full=True,
     ),
 )
 

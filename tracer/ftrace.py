@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from probes import fetch
 from probes.btf import Btf, MissingField
+from probes.fetch import called
 from probes.plan import Hook, Plan, Via
 from probes.program import Settings
 from probes.schema import EVENT
@@ -62,6 +63,8 @@ def no_tracefs(places: Iterable[Path] = _PLACES) -> str | None:
 # is missed is open, or ends when its memory is used again; one whose beginning is missed begins where it is first seen.
 # Linux 5.10 counts misses of them (and of svm_set_efer, ten for each hit) for calls that were recorded as well.
 _DECIDE_NOTHING = {"vcpu_create", "vcpu_destroy", "vm_destroy", "vcpu_reset"}
+# What tells of other threads than the vCPU's own: no verdict hangs on that either, and it is counted apart.
+_OF_OTHERS = {"kick", "request", "request_end"}
 
 
 def no_root() -> str | None:
@@ -213,6 +216,7 @@ class Engine:
             pids=frozenset(pids),
             owner_of=_process_of,
             sites={hook.program: hook.site for hook in plan.attachable if hook.site is not None},
+            calls=[hook.program for hook in plan.attachable if hook.full and hook.via is not Via.TRACE_EVENT],
         )
         self._sources: list[_Source] = []
         self._pipes: dict[int, int] = {}
@@ -221,7 +225,7 @@ class Engine:
         self._produced = 0
         self._missed_pages = 0
         self._arrivals = 0
-        self._loss = 0
+        self._loss = Loss()
         self._detached = False
         if host.is_root_of_pids():  # else the numbers of processes in those names are not ours to judge
             remove_dead(root)
@@ -394,8 +398,11 @@ class Engine:
         event's number reveals: what was pending then is undecided.
         """
         if self._pipes:
-            self._loss = max(self._dropped(), self._missed_pages) + self._probe_misses()
-        return Loss(missed=self._loss)
+            unread = self.vcpus.lost
+            missed, kicks = self._probe_misses()
+            missed += max(self._dropped(), self._missed_pages) + sum(loss.count for loss in unread.values())
+            self._loss = Loss(missed=missed, kicks=kicks, vcpus=dict(unread))
+        return self._loss
 
     def _dropped(self) -> int:
         total = 0
@@ -405,19 +412,22 @@ class Engine:
             total += sum(int(counts.get(name, 0)) for name in _STATS)
         return total
 
-    def _probe_misses(self) -> int:
+    def _probe_misses(self) -> tuple[int, int]:
+        """Return how many hooks were missed that a verdict may hang on, and how many that tell of kicks."""
+        missed = kicks = 0
+        hooks = {hook.program: hook for hook in self.plan.attachable if hook.via is not Via.TRACE_EVENT}
         # Of every probe of the host: name, hits, misses. The name may stand without its group.
-        total = 0
-        names = {
-            hook.program
-            for hook in self.plan.attachable
-            if hook.via is not Via.TRACE_EVENT and hook.site is None and hook.program not in _DECIDE_NOTHING
-        }
         for line in (self._root / "kprobe_profile").read_text().splitlines():
             name, _hits, misses = line.split()
-            if name.rpartition("/")[2] in names:
-                total += int(misses)
-        return total
+            hook = hooks.get(name.rpartition("/")[2])
+            if hook is None or hook.site is not None or hook.program in _DECIDE_NOTHING:
+                continue
+            if not hook.full:
+                missed += int(misses)
+            elif called(hook.program)[0] in _OF_OTHERS:
+                kicks += int(misses)
+            # else a reading for what a trace event tells: missed where that finds none, see Vcpus.lost
+        return missed, kicks
 
     # --- guests ---------------------------------------------------------------------------------------------
 

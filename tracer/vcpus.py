@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from probes.fetch import PRESERVED
+from probes.fetch import MASKED, PRESERVED, called
 from probes.requests import TRIPLE_FAULT
 from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from tracer.loss import VcpuLoss
 
 # ioctls of a vCPU (uapi linux/kvm.h).
 KVM_RUN = 0xAE80
@@ -39,8 +40,10 @@ _GENERIC = frozenset(
 KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 _KVM_SYNC_X86_EVENTS = 4
 _X86_CR0_PE = 1
-_ALWAYS = (1 << 64) - 1
+_ALWAYS = _ALL = (1 << 64) - 1
 _BIT = 1 << TRIPLE_FAULT
+# Functions that raise a request of several vCPUs: each may call those after it, never itself or one before it.
+_REQUESTERS = ("kvm_make_all_cpus_request", "kvm_make_all_cpus_request_except", MASKED)
 
 
 def _errno(value: int) -> int:
@@ -86,6 +89,25 @@ class _Inside:
     sync: tuple[int, int] = (0, 0)  # kvm_run's valid registers, and the events that it holds
 
 
+@dataclass(slots=True)
+class _Guest:
+    """The guest that a thread runs, in detail full: what trace events tell waits here for its reading."""
+
+    vcpu: int
+    entering: _Reading | None = None  # with which the guest is about to be entered
+    left: _Reading | None = None  # with which it was left
+    waiting: list[tuple[int, int, int]] = field(default_factory=list)  # told, and not yet read
+
+
+class _Request(NamedTuple):
+    """A request of several vCPUs that a thread is making."""
+
+    function: str
+    begin_ns: int
+    what: tuple[int, int, int]  # request with its flags, mask, VM
+    pid: int
+
+
 @dataclass
 class Vcpus:
     """The machine. ``owner_of`` tells the process of a thread, where the kernel does not."""
@@ -96,14 +118,18 @@ class Vcpus:
     pids: Collection[int] = ()
     owner_of: Callable[[int], int] = lambda thread: thread
     sites: Mapping[str, Site] = field(default_factory=dict)  # by program
+    calls: Collection[str] = ()  # programs of functions that are hooked in detail full
     events: list[tuple[int, ...]] = field(default_factory=list)  # made and not yet taken; fields of schema.EVENT
     boundaries: int = 0
+    lost: dict[int, VcpuLoss] = field(default_factory=dict)  # by vCPU: what was told and could not be read
 
     def __post_init__(self) -> None:
         self._vcpus: dict[int, _Vcpu] = {}
         self._threads: dict[int, _Inside] = {}
         self._vms: dict[int, tuple[int, int]] = {}
         self._enabling: dict[int, tuple[int, int, int]] = {}
+        self._guests: dict[int, _Guest] = {}
+        self._requests: dict[int, _Request] = {}
         self._numbers = 0
         #: What takes the records of each probe: (record, time, CPU).
         self.takes: dict[str, Callable[[Any, int, int], None]] = {
@@ -123,7 +149,16 @@ class Vcpus:
             "enable_cap_end": self._enable_cap_end,
             "sched_process_exit": self._thread_exit,
             **{program: partial(self._site, site) for program, site in self.sites.items()},
+            "kvm_entry": self._entry,
+            "kvm_exit": self._exit,
+            "kvm_vcpu_wakeup": self._wakeup,
+            **{program: self._takes_call(*called(program)) for program in self.calls},
         }
+
+    def _takes_call(self, role: str, function: str) -> Callable[[Any, int, int], None]:
+        if role in ("request", "request_end"):
+            return partial(self._request if role == "request" else self._request_end, function)
+        return {"entering": self._entering, "left": self._left, "awake": self._awake, "kick": self._kick}[role]
 
     def sweep(self, ended: set[int]) -> None:
         """Forget the vCPUs of processes that have ended."""
@@ -245,6 +280,8 @@ class Vcpus:
     def _thread_exit(self, record: Any, _time_ns: int, _cpu: int) -> None:
         self._threads.pop(record.common_pid, None)
         self._enabling.pop(record.common_pid, None)
+        self._guests.pop(record.common_pid, None)
+        self._requests.pop(record.common_pid, None)
 
     # --- ioctls ---------------------------------------------------------------------------------------------
 
@@ -261,6 +298,8 @@ class Vcpus:
 
     def _put(self, record: Any, time_ns: int, cpu: int) -> None:
         """An ioctl of a vCPU is about to return: what it returns with is told where that is known."""
+        if record.common_pid in self._guests:
+            self._look(record, time_ns, cpu)
         inside = self._threads.get(record.common_pid)
         if inside is None or inside.vcpu != record.vcpu:
             return  # inside when tracing began, or KVM's own use of a vCPU, such as its creation
@@ -381,3 +420,109 @@ class Vcpus:
         if reading is not None:
             reading.cap = state.seen & Flag.CAP
             self._boundary(state, reading, (Kind.SITE, site, 0), (record.common_pid, cpu))
+
+    # --- detail full: the guest, and what others do to it -----------------------------------------------------
+
+    def _look(self, record: Any, time_ns: int, cpu: int) -> _Guest | None:
+        """A function begins that is given the vCPU of its own thread: that is read for what waits to be."""
+        state = self._vcpus.get(record.vcpu)
+        if state is None:
+            return None
+        guest = self._guests.get(record.common_pid)
+        if guest is None or guest.vcpu != record.vcpu:
+            guest = self._guests[record.common_pid] = _Guest(record.vcpu)
+        for what in guest.waiting:
+            self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu))
+        guest.waiting.clear()
+        return guest
+
+    def _awake(self, record: Any, time_ns: int, cpu: int) -> None:
+        self._look(record, time_ns, cpu)
+
+    def _entering(self, record: Any, time_ns: int, cpu: int) -> None:
+        guest = self._look(record, time_ns, cpu)
+        if guest is not None:
+            guest.entering = self._reading(record, time_ns)
+
+    def _left(self, record: Any, time_ns: int, cpu: int) -> None:
+        """The trace event kvm_exit asks why the guest was left, before or after it has its place in the buffer."""
+        known = self._guests.get(record.common_pid)
+        waited = known is not None and known.waiting
+        guest = self._look(record, time_ns, cpu)
+        if guest is not None and not waited:
+            guest.left = self._reading(record, time_ns)
+
+    def _told(self, record: Any) -> tuple[_Guest, _Vcpu] | None:
+        # None: of a thread that no function has told of, such as that of a process nobody asked for.
+        guest = self._guests.get(record.common_pid)
+        state = self._vcpus.get(guest.vcpu) if guest is not None else None
+        return (guest, state) if guest is not None and state is not None else None
+
+    def _entry(self, record: Any, time_ns: int, cpu: int) -> None:
+        told = self._told(record)
+        if told is None:
+            return
+        guest, state = told
+        reading, guest.entering, guest.left = guest.entering, None, None
+        if reading is None:
+            self._lose(state, time_ns)  # a later reading is of what the guest has seen since
+            return
+        self._boundary(state, reading, (Kind.GUEST_ENTRY, 0, 0), (record.common_pid, cpu))
+
+    def _lose(self, state: _Vcpu, time_ns: int) -> None:
+        state.seq += 1
+        before = self.lost.get(state.number, VcpuLoss(0, time_ns, time_ns))
+        self.lost[state.number] = VcpuLoss(before.count + 1, before.first_ns, time_ns)
+
+    def _exit(self, record: Any, _time_ns: int, cpu: int) -> None:
+        told = self._told(record)
+        if told is None:
+            return
+        guest, state = told
+        what = Kind.GUEST_EXIT, record.exit_reason, record.isa
+        if guest.left is None:
+            guest.waiting.append(what)
+            return
+        reading, guest.left = guest.left, None
+        self._boundary(state, reading, what, (record.common_pid, cpu))
+
+    def _wakeup(self, record: Any, _time_ns: int, _cpu: int) -> None:
+        told = self._told(record)
+        if told is not None:
+            told[0].waiting.append((Kind.WAKEUP, record.ns, int(record.waited)))
+
+    def _kick(self, record: Any, time_ns: int, cpu: int) -> None:
+        state = self._vcpus.get(record.vcpu)
+        if state is None:
+            return
+        flags = self._live(state, self._reading(record, time_ns))
+        self.events.append(
+            (
+                *(time_ns, 0, record.requests, record.requests, 0, state.number, 0, state.pid),
+                *(record.common_pid, record.mode & 0xFFFFFFFF, cpu, Kind.KICK, flags),
+            )
+        )
+
+    def _request(self, function: str, record: Any, time_ns: int, cpu: int) -> None:
+        outer = self._requests.get(record.common_pid)
+        if outer is not None and _REQUESTERS.index(function) > _REQUESTERS.index(outer.function):
+            return  # its own work: told once
+        vm = self._vms.get(record.kvm)
+        if vm is None:
+            return  # it has no vCPU, or nobody asked for it
+        mask = _ALL
+        if function == MASKED:
+            mask = record.third_mask if record.third else record.fourth_mask
+        made = _Request(function, time_ns, (record.request, mask, vm[0]), vm[1])
+        self._requests[record.common_pid] = made
+        self._requested(Kind.REQUEST_ALL, made, time_ns, 0, (record.common_pid, cpu))
+
+    def _request_end(self, function: str, record: Any, time_ns: int, cpu: int) -> None:
+        made = self._requests.get(record.common_pid)
+        if made is not None and made.function == function:
+            del self._requests[record.common_pid]
+            self._requested(Kind.REQUEST_ALL_END, made, time_ns, made.begin_ns, (record.common_pid, cpu))
+
+    def _requested(self, kind: Kind, made: _Request, time_ns: int, since_ns: int, who: tuple[int, int]) -> None:
+        request, mask, vm = made.what
+        self.events.append((time_ns, since_ns, mask, 0, request, 0, 0, made.pid, who[0], vm, who[1], kind, 0))

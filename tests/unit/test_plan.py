@@ -64,6 +64,16 @@ def test_each_missing_hook_says_what_stays_unseen(engine: str, target: str) -> N
         assert plan.hopeless is None
 
 
+def test_what_only_detail_full_tells_is_hooked_there_only() -> None:
+    """Neither guest entries nor kicks cost anything, nor are they missed, in detail boundary."""
+    boundary, full = (make("ftrace", FUNCTIONS, TRACEPOINTS, full=full) for full in (False, True))
+    more = {hook.target for hook in full.attachable} - {hook.target for hook in boundary.attachable}
+    assert {"kvm:kvm_entry", "kvm:kvm_exit", "svm_vcpu_run", "vmx_vcpu_run", "kvm_vcpu_kick"} < more
+    facts = [{line["fact"] for line in plan.as_json()} for plan in (boundary, full)]
+    assert facts[0] < facts[1]
+    assert "whether a vCPU was still in guest mode when the requester that waits for it went on" in facts[1] - facts[0]
+
+
 @pytest.mark.parametrize("engine", ["kprobe", "fentry", "ftrace"])
 def test_a_flavour_that_is_not_loaded_is_no_gap(engine: str) -> None:
     """On AMD nobody misses what Intel's module would tell; what AMD's own lacks is named."""

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from probes.fetch import PRESERVED
-from probes.schema import EVENT, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import EVENT, IN_GUEST_MODE, PAYLOAD_PENDING, REMOTE, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
 from tracer.vcpus import KVM_GET_VCPU_EVENTS, KVM_RUN, KVM_SET_VCPU_EVENTS, Vcpus
 
 TF = 1 << 10
+ALL, EXCEPT, MASK = "kvm_make_all_cpus_request", "kvm_make_all_cpus_request_except", "kvm_make_vcpus_request_mask"
+CALLS = [
+    *("entering__svm_vcpu_run", "left__svm_get_exit_info", "awake__kvm_apic_accept_events", "kick__kvm_vcpu_kick"),
+    *(f"{role}__{name}" for name in (ALL, EXCEPT, MASK) for role in ("request", "request_end")),
+]
 VCPU, KVM, PID, TID = 0xFFFF888000001000, 0xFFFFC90000002000, 4000, 4001
 SET_MCE, SET_SREGS = 0x4040AE9E, 0x4138AE84
 
@@ -22,7 +27,7 @@ class Stream:
 
     def __init__(self, **settings: Any) -> None:
         self.vcpus = Vcpus(
-            watched=TF, cap_exists=True, sites={"site_x": Site.EXCEPTION, "site_rsm": Site.RSM}, **settings
+            watched=TF, cap_exists=True, sites={"site_x": Site.EXCEPTION, "site_rsm": Site.RSM}, calls=CALLS, **settings
         )
         self.now = 100
         self.word = 0
@@ -48,7 +53,9 @@ class Stream:
     @property
     def events(self) -> Any:
         made = np.array(self.vcpus.events, EVENT)
-        assert made["seq"][made["vcpu"] != 0].tolist() == list(range(1, int((made["vcpu"] != 0).sum()) + 1))
+        own = made[(made["vcpu"] != 0) & ~np.isin(made["kind"], REMOTE)]
+        assert own["seq"].tolist() == list(range(1, len(own) + 1))
+        assert (own["since_ns"][1:] == own["time_ns"][:-1]).all() or not self.vcpus.full
         return made
 
     @property
@@ -171,3 +178,140 @@ def test_where_tracing_begins_inside_an_ioctl_its_end_tells_nothing() -> None:
     assert not stream.vcpus.events
     stream.word = TF
     assert stream.ioctl(SET_MCE).story[0] == (Kind.VCPU_NEW, False, True)
+
+
+# --- detail full ----------------------------------------------------------------------------------------------
+
+
+def inside_run(**settings: Any) -> Stream:
+    """Return the stream of a thread that is inside KVM_RUN, with the events of that taken away."""
+    stream = Stream(full=True, **settings)("vcpu_create")("vcpu_ioctl", cmd=KVM_RUN)
+    assert [kind for kind, _, _ in stream.story] == [Kind.VCPU_NEW, Kind.RUN_ENTER]
+    return stream
+
+
+@pytest.mark.parametrize("told_first", [False, True])
+def test_the_guest_is_entered_and_left_with_the_word_of_that_moment(told_first: bool) -> None:
+    """kvm_exit asks for its reason while it is written down: that record can lie before it in the buffer or behind."""
+    stream = inside_run()("entering__svm_vcpu_run")("kvm_entry", requests=None)
+    stream.word = TF
+    left = [("left__svm_get_exit_info", {}), ("kvm_exit", {"exit_reason": 0x60, "isa": 2})]
+    for program, fields in reversed(left) if told_first else left:
+        stream(program, **fields)
+    stream.word = 0
+    stream("entering__svm_vcpu_run")("kvm_entry")
+    _, _, entry, exit_, again = stream.events
+    assert [entry["kind"], exit_["kind"], again["kind"]] == [Kind.GUEST_ENTRY, Kind.GUEST_EXIT, Kind.GUEST_ENTRY]
+    assert (exit_["before"], exit_["requests"], exit_["arg"], exit_["detail"]) == (0, TF, 0x60, 2)
+    assert entry["time_ns"] < exit_["time_ns"] < again["time_ns"]
+    assert (again["before"], again["requests"]) == (TF, 0)
+
+
+def test_what_another_tracer_asks_of_the_exit_tells_nothing() -> None:
+    """Nor does what KVM itself asks later: the next entry is read where it begins."""
+    stream = inside_run()("entering__svm_vcpu_run")("kvm_entry")
+    stream("left__svm_get_exit_info")("kvm_exit", exit_reason=1, isa=2)("left__svm_get_exit_info")
+    stream("entering__svm_vcpu_run")("kvm_entry")("kvm_exit", exit_reason=2, isa=2)
+    stream.word = TF
+    stream("vcpu_put")("kvm_userspace_exit", reason=2, errno=0)
+    assert stream.story[2:] == [
+        (Kind.GUEST_ENTRY, False, False),
+        (Kind.GUEST_EXIT, False, False),
+        (Kind.GUEST_ENTRY, False, False),
+        (Kind.GUEST_EXIT, False, True),  # its own reading was missed, so it is that where KVM_RUN ends
+        (Kind.RUN_EXIT, True, True),
+    ]
+    assert stream.events["arg"][3] == 1
+
+
+def test_an_entry_whose_requests_were_not_read_is_lost_and_not_made_up() -> None:
+    """What is read later is what the guest has seen since: a gap in the numbers, told by vCPU."""
+    stream = inside_run()("entering__svm_vcpu_run")("kvm_entry")("left__svm_get_exit_info")
+    stream("kvm_exit", exit_reason=1, isa=2)("kvm_entry")("left__svm_get_exit_info")("kvm_exit", exit_reason=2, isa=2)
+    made = np.array(stream.vcpus.events, EVENT)
+    assert made["kind"].tolist()[2:] == [Kind.GUEST_ENTRY, Kind.GUEST_EXIT, Kind.GUEST_EXIT]
+    assert made["seq"].tolist()[2:] == [3, 4, 6]
+    (loss,) = stream.vcpus.lost.values()
+    assert (loss.count, loss.first_ns) == (1, loss.last_ns)
+
+
+def test_a_vcpu_that_stops_blocking_is_read_before_it_services_anything() -> None:
+    """Where it looks for a SIPI: what woke it is still pending."""
+    stream = inside_run()("entering__svm_vcpu_run")("kvm_entry")("left__svm_get_exit_info")
+    stream("kvm_exit", exit_reason=0x78, isa=2)("kvm_vcpu_wakeup", ns=5000, waited=1, valid=1)
+    stream.word = TF
+    stream("awake__kvm_apic_accept_events")
+    wakeup = stream.events[-1]
+    assert (wakeup["kind"], wakeup["arg"], wakeup["detail"], wakeup["requests"]) == (Kind.WAKEUP, 5000, 1, TF)
+
+
+def test_a_kick_is_told_apart_from_the_story_of_the_vcpu() -> None:
+    """The next own event does not know what the kicker saw."""
+    stream = inside_run()("entering__svm_vcpu_run")("kvm_entry")
+    stream("kick__kvm_vcpu_kick", tid=77, requests=TF, mode=IN_GUEST_MODE)
+    stream("left__svm_get_exit_info")("kvm_exit", exit_reason=0x60, isa=2)
+    kick, exit_ = stream.events[-2:]
+    assert (kick["kind"], kick["tid"], kick["pid"], kick["detail"]) == (Kind.KICK, 77, PID, IN_GUEST_MODE)
+    assert (kick["vcpu"], kick["seq"], kick["since_ns"]) == (exit_["vcpu"], 0, 0)
+    assert kick["before"] == kick["requests"] == TF
+    assert (exit_["before"], exit_["requests"]) == (0, 0)
+    assert not Stream(full=True, pids={PID + 1})("vcpu_create")("kick__kvm_vcpu_kick", mode=0).vcpus.events
+
+
+def request(stream: Stream, role: str, function: str, tid: int = 88, **fields: int) -> None:
+    """Have a thread call a function that raises a request of several vCPUs, or return from it."""
+    fields = {"third": 0, "third_mask": 0, "fourth": 0, "fourth_mask": 0, "request": 0x1200, **fields}
+    stream(f"{role}__{function}", tid=tid, **fields)
+
+
+def test_a_request_of_all_vcpus_is_told_once_however_kvm_makes_it() -> None:
+    """By whom, and how long that took."""
+    stream = inside_run()
+    for function in (ALL, EXCEPT, MASK):
+        request(stream, "request", function)
+    for function in (MASK, EXCEPT, ALL):
+        request(stream, "request_end", function)
+    new, _, begun, ended = stream.events
+    assert [begun["kind"], ended["kind"]] == [Kind.REQUEST_ALL, Kind.REQUEST_ALL_END]
+    assert (begun["arg"], begun["requests"], begun["detail"], begun["tid"]) == (
+        0x1200,
+        (1 << 64) - 1,
+        new["detail"],
+        88,
+    )
+    assert (ended["arg"], ended["requests"], ended["detail"]) == (0x1200, (1 << 64) - 1, new["detail"])
+    assert begun["since_ns"] == 0 < begun["time_ns"] == ended["since_ns"] < ended["time_ns"]
+    assert begun["vcpu"] == ended["vcpu"] == begun["seq"] == ended["seq"] == 0
+    assert begun["pid"] == PID
+
+
+@pytest.mark.parametrize("place", [{"third": 9, "third_mask": 5}, {"third": 0, "fourth": 9, "fourth_mask": 5}])
+def test_a_request_of_some_vcpus_tells_which(place: dict[str, int]) -> None:
+    """Whether the bitmap is the third argument or the fourth."""
+    stream = inside_run()
+    request(stream, "request", MASK, **place)
+    request(stream, "request_end", MASK)
+    assert stream.events["requests"].tolist()[-2:] == [5, 5]
+
+
+def test_a_requester_whose_return_was_missed_is_told_of_again() -> None:
+    """No function calls one before it: what seems to be open is over. Nothing is told of a VM that nobody knows."""
+    stream = inside_run()
+    request(stream, "request", EXCEPT)
+    request(stream, "request", EXCEPT)
+    request(stream, "request", ALL)
+    request(stream, "request_end", EXCEPT)
+    request(stream, "request_end", ALL)
+    request(stream, "request", ALL, kvm=KVM + 8)
+    kinds = [Kind.REQUEST_ALL] * 3 + [Kind.REQUEST_ALL_END]
+    assert stream.events["kind"].tolist()[2:] == kinds
+
+
+def test_a_thread_that_ends_takes_along_what_it_was_in_the_middle_of() -> None:
+    """Its number is another's next."""
+    stream = inside_run()("entering__svm_vcpu_run")
+    request(stream, "request", ALL, tid=TID)
+    stream("sched_process_exit")
+    stream("kvm_entry")
+    request(stream, "request_end", ALL, tid=TID)
+    assert stream.events["kind"].tolist()[2:] == [Kind.REQUEST_ALL]
