@@ -71,7 +71,7 @@ def test_only_what_a_dead_kvmreq_left_is_removed(tmp_path: Path, monkeypatch: py
     probes = ["p:kvmreq_8_22/vcpu_put vcpu_put vcpu=%di:x64", "r256:kvmreq_7_22/x f", "p:kprobes/kvmreq_8_22 f"]
     (tmp_path / "kprobe_events").write_text("\n".join(probes) + "\n")
     commands: list[str] = []
-    monkeypatch.setattr(ftrace, "_command", lambda _, text: commands.append(text))
+    monkeypatch.setattr(ftrace, "command", lambda _, text: commands.append(text))
     monkeypatch.setattr(ftrace, "_remove_instance", Path.rmdir)
     gone = ftrace.remove_dead(tmp_path, proc)
     assert gone == ["kvmreq-7-21", "kvmreq-8-22", "kvmreq-8-22-3", "kvmreq_8_22"]
