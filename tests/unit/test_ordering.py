@@ -12,7 +12,7 @@ import pytest
 
 from analysis.judge import judge
 from analysis.lifecycle import LIFECYCLE
-from analysis.ordering import BREAK, LATE_NS, RULE, RULES, Ordered, Ordering
+from analysis.ordering import BREAK, LATE_NS, RULE, RULES, Ordered, Ordering, timeline
 from probes.schema import EVENT, IN_GUEST_MODE, REQUEST_FLAGS, Kind
 from tests.property.oracle import Event
 from tracer.loss import Loss, VcpuLoss
@@ -531,3 +531,74 @@ def test_a_starved_request_is_found_in_the_lifecycles_of_its_batch() -> None:
     found = judge(Recorded([story.events[:6], story.events[6:]])).ordering
     assert counts(found, "starved") == (1, 1, 0)
     assert found.breaks["story"].str.contains("raised in guest").all()
+
+
+# --- the timeline of a vCPU -----------------------------------------------------------------------------------------
+
+
+def drawn(
+    parts: Sequence[Sequence[Event] | None], begin_ns: int, end_ns: int, most: int = 100
+) -> list[tuple[Any, ...]]:
+    table = timeline(Recorded(parts), 1, begin_ns, end_ns, NAMES, most)
+    assert {str(name): str(dtype) for name, dtype in table.dtypes.items()} == {
+        "track": "object", "name": "object", "begin_ns": "int64", "end_ns": "int64",
+    }  # fmt: skip
+    return sorted(table.itertuples(index=False, name=None))
+
+
+def test_a_timeline_tells_what_a_vcpu_did_and_who_kicked_it() -> None:
+    story = Story().entry()
+    entered = story.now
+    story.kick(NMI).exit(NMI)
+    left = story.now
+    story.entry().exit()
+    again = story.now
+    story.own(1, Kind.RUN_EXIT, arg=5).own(1, Kind.RUN_ENTER)
+    begun = story.ask(23)
+    story.later()
+    wanted = sorted(
+        [
+            ("guest", "guest", entered, left),
+            ("guest", "guest", left + 100, again),
+            ("kernel", "kernel", left, left + 100),
+            ("kernel", "kernel", again, again + 100),
+            ("kernel", "kernel", entered - 300, entered),
+            ("user space", "user space", again + 100, again + 200),
+            ("nmi", "nmi", left, left),
+            ("kick", "thread 99 on CPU 3", entered + 100, entered + 100),
+            ("kick", "scan_ioapic for all, thread 99 on CPU 3", begun, begun),
+        ]
+    )
+    assert drawn([story.events], entered - 100, begun) == wanted
+    assert drawn([story.events[:6], story.events[6:]], entered - 100, begun) == wanted
+    assert drawn([story.events], left + 1, left + 2) == [("kernel", "kernel", left, left + 100)]
+    assert drawn([], 0, 1 << 60) == []
+
+
+def test_a_request_is_drawn_while_it_is_certainly_pending() -> None:
+    story = Story().entry(NMI)
+    begin = story.now
+    story.exit(NMI).entry(NMI).exit().entry(NMI).later()
+    own = [row for row in drawn([story.events], 0, story.now) if row[0] == "nmi"]
+    assert own == [("nmi", "nmi", begin, begin + 200), ("nmi", "nmi", begin + 400, begin + 400)]
+
+
+def test_a_timeline_ends_where_too_much_happened() -> None:
+    story = Story()
+    for _ in range(20):
+        story.entry().kick(0).exit()
+    rows = drawn([story.events], 0, story.now, most=10)
+    assert len([row for row in rows if row[0] == "kick"]) == 10
+    assert 3 <= len([row for row in rows if row[0] == "guest"]) <= 6
+
+
+def test_nothing_is_drawn_across_a_hole() -> None:
+    story = Story().entry()
+    entered, told = story.now, len(story.events)
+    story.exit().entry().exit()
+    guest = [("guest", "guest", begin, begin + 100) for begin in (entered, entered + 200)]
+    whole, holed = (
+        drawn([story.events[:told], *hole, story.events[told:]], 0, story.now) for hole in ((), (None,))
+    )  # fmt: skip
+    assert [row for row in whole if row[0] == "guest"] == guest
+    assert [row for row in holed if row[0] == "guest"] == guest[1:]
