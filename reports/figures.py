@@ -7,6 +7,7 @@ hatches and words say it too). Names come from guests, so no text is ever parsed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -427,7 +428,7 @@ def _latency_axis(axes: Axes, lowest: float, highest: float, *, logarithmic: boo
         axes.set_xscale("log")
         axes.set_xlim(lowest * 0.5, highest * 1.3)
         axes.set_xticks(_powers(lowest * 0.5, highest * 1.3))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: _round_time(ns)))
         axes.set_xlabel(f"{label} (logarithmic)")
     else:
         name, size = unit(highest)
@@ -438,13 +439,29 @@ def _latency_axis(axes: Axes, lowest: float, highest: float, *, logarithmic: boo
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-# Powers of ten within an axis, at most 9 of them; where it spans but one, halves and fifths as well.
+# Times beyond which seconds are no longer what people count in.
+_LONG = ((60_000_000_000, "min"), (3_600_000_000_000, "h"), (86_400_000_000_000, "d"))
+
+
+# Round times within a logarithmic axis, at most 9 of them: powers of ten of a unit; where these are too few, halves and
+# fifths as well.
 def _powers(low: float, high: float) -> list[float]:
-    first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(high)))
-    ticks = [10.0**power for power in range(first, last + 1, max(1, (last - first) // 8))]
-    if len(ticks) < 3:
-        ticks = [step * 10.0**power for power in range(first - 1, last + 1) for step in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [step * 10.0**power for power in range(first, min(last, 10) + 1) for step in steps]
+        ticks = [tick for tick in ticks if tick < _LONG[0][0]]
+        for (size, _), (end, _) in pairwise((*_LONG, (_LONG[-1][0] * 10**6, ""))):
+            ticks += [step * size * 10.0**power for power in range(6) for step in steps]
+            ticks = [tick for tick in ticks if tick < end]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 2:
+            break
+    return ticks[:: len(ticks) // 9 + 1]
+
+
+def _round_time(ns: float) -> str:
+    name, size = next(((name, size) for size, name in reversed(_LONG) if ns >= size), unit(ns))
+    return f"{ns / size:g} {name}"
 
 
 # --- latency over time, and by state ------------------------------------------------------------------------
@@ -482,9 +499,12 @@ def draw_heat(heat: pd.DataFrame, axes: Axes, *, start_ns: int) -> Axes:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: f"{ns / size:g}"))
     axes.set_xlabel(f"time of the raise since the recording began ({name})")
     axes.set_yscale("log")
-    axes.set_ylim(low.min() / 1.2, high.max() * 1.2)
-    axes.set_yticks(_powers(float(low.min()) / 1.2, float(high.max()) * 1.2))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda ns, _: duration(round(ns))))
+    # At least a power of ten, so that a step is never as high as the figure.
+    spread = max(1.2, float(np.sqrt(10 * low.min() / high.max())))
+    lowest, highest = float(low.min()) / spread, float(high.max()) * spread
+    axes.set_ylim(lowest, highest)
+    axes.set_yticks(_powers(lowest, highest))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ns, _: _round_time(ns)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("from raise to end, at most")
     axes.grid(color=_GRID, linewidth=0.8)

@@ -120,7 +120,7 @@ class Source:
         """Return latencies by request and by where the vCPU was; empty if that divides nothing."""
         lifecycles = self.judgement.lifecycles
         table = latency.by_state(lifecycles if self._many else lifecycles.iloc[:0])
-        return table if len(table) > 1 and (table["raised_in"] != "unknown").any() else table.iloc[:0]
+        return table if table["raised_in"].nunique() > 1 else table.iloc[:0]
 
     @property
     def _many(self) -> bool:
