@@ -250,9 +250,12 @@ def report(arguments: argparse.Namespace) -> int:
 def _source(recording: Any, judgement: Any) -> Any:
     """Return what the reports of a judged recording are made of."""
     from analysis.judge import story
+    from analysis.ordering import timeline
     from reports.source import Source
 
-    return Source(judgement, partial(story, recording), name=recording.path.name)
+    names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}
+    lived = partial(timeline, recording, names=names)
+    return Source(judgement, partial(story, recording), lived, recording.path.resolve().name)
 
 
 def _whole(recordings: Sequence[Any]) -> bool:

@@ -46,7 +46,7 @@ class Source:
         self,
         judgement: Judgement,
         tell: Callable[[pd.DataFrame], pd.DataFrame],
-        timeline: Callable[[int, int, int], pd.DataFrame] | None = None,
+        timeline: Callable[[int, int, int], pd.DataFrame],
         name: str = "",
     ) -> None:
         self.judgement = judgement
@@ -165,7 +165,7 @@ class Source:
 
         None in detail boundary, which does not tell what a vCPU did.
         """
-        if self.judgement.meta.get("detail") != "full" or self._timeline is None:
+        if self.judgement.meta.get("detail") != "full":
             return None
         found = self._broken() or self._longest()
         if found is None:

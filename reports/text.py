@@ -26,7 +26,22 @@ from reports.judged import (
     watched,
     where,
 )
-from reports.words import Clock, Column, aligned, bound, columns, interval, native, plural, short, shown, wrap
+from reports.words import (
+    WIDTH,
+    Clock,
+    Column,
+    aligned,
+    bound,
+    cells,
+    clip,
+    columns,
+    interval,
+    native,
+    plural,
+    short,
+    shown,
+    wrap,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +196,7 @@ def _latency(source: Source) -> Iterator[str]:
     if latency.empty:
         return
     yield "Time from raise to end"
-    if latency["request"].nunique() == 1:
+    if source.judgement.lifecycles["request"].nunique() == 1:
         rows = records(latency.head(MOST_ROWS))
         quantiles = ("p50", "p99", "max")
         layout = [
@@ -189,10 +204,12 @@ def _latency(source: Source) -> Iterator[str]:
             Column("count", right=True),
             *(Column(_QUANTILES[name], right=True) for name in quantiles),
         ]
-        yield from columns(
+        lines = columns(
             layout, [[row["end"], short(row["count"]), *(bounds(row, name) for name in quantiles)] for row in rows]
         )
-        return
+        if _fit(lines):
+            yield from lines
+            return
     # Of each request the end that most of them had. Four intervals do not fit beside each other: a line for what the
     # times were at least, and one for what they were at most.
     usual = latency.loc[sorted(latency.groupby("request", sort=False)["count"].idxmax())]
@@ -216,6 +233,14 @@ def _latency(source: Source) -> Iterator[str]:
     more = len(latency) - len(rows)
     if more:
         yield f"  and {plural(more, 'more', 'more')}, other ends and rarer ones, with --html"
+    if source.unknown_latencies:
+        left = plural(source.unknown_latencies, "request")
+        yield from wrap(f"Left out: {left} that had not ended, or whose raise was not seen", first="  ")
+
+
+# Whether a table that cannot be made narrower fits.
+def _fit(lines: Sequence[str]) -> bool:
+    return all(cells(line) <= WIDTH for line in lines)
 
 
 # How a quantile is called.
@@ -237,7 +262,7 @@ def _states(source: Source) -> Iterator[str]:
     table = [
         [
             shown(row["request"]),
-            PLACES.get(row["raised_in"], shown(row["raised_in"])),
+            clip(PLACES.get(row["raised_in"], shown(row["raised_in"])), 13),
             short(row["count"]),
             bounds(row, "p99"),
             bounds(row, "max"),
@@ -245,7 +270,8 @@ def _states(source: Source) -> Iterator[str]:
         for row in records(order.head(_MOST_STATES))
     ]
     yield "Where the vCPU was when they were raised"
-    yield from columns(layout, table)
+    lines = columns(layout, table)
+    yield from lines if _fit(lines) else columns(layout[:-1], [row[:-1] for row in table])
     if len(order) > _MOST_STATES:
         yield f"  the most frequent; and {plural(len(order) - _MOST_STATES, 'more', 'more')}, with --html"
 

@@ -659,6 +659,13 @@ def test_latencies_of_several_requests_have_both_bounds() -> None:
     assert rows[flush + 1][0] == "serviced"
 
 
+def test_latencies_of_weeks_still_fit() -> None:
+    """What is too wide beside each other has two lines."""
+    weeks = {"ended_after_ns": START_NS + 10**15, "ended_ns": START_NS + 10**15 + 10**14}
+    report = text.report(source(judgement([lifecycle(1, "handed_over", raised_after_ns=START_NS, **weeks)])))
+    assert rows_of(report, "Time from raise to end")[1] == ["handed_over", "to", *["12", "d", "18", "h"] * 4]
+
+
 def test_states_and_rules_are_told_in_the_terminal() -> None:
     """Where the vCPU was, how rules were kept, which could not be checked and why, and the first breaks."""
     report = text.report(source(several()))
