@@ -1,11 +1,12 @@
 """Does detail full tell what the kernel's own tracefs tells, event for event?
 
 ``python3 -m tests.matrix.full_counts [ENGINE ...]``: runs lab scenarios, each in a process of its own, while the hooks
-of detail full are set and an instance of tracefs records kvm_exit and kvm_entry, and, where the engine hooks functions,
-probes on those that kick a vCPU or raise a request of several. Compares exits by process, vCPU and name, entries
-by process and vCPU, kicks by thread, and requests of several vCPUs by thread and request, of nested calls the outermost
-one. Every event that an engine made has its number, and none is missing. Exit status 1 says that something differs, or
-that an engine that was asked for does not work. Imports no pandas.
+of detail full are set and an instance of tracefs records kvm_exit, kvm_entry and kvm_vcpu_wakeup, and, where the engine
+hooks functions, probes on those that kick a vCPU or raise a request of several. Compares exits by process, vCPU and
+name, entries by process and vCPU, wake-ups by thread, length and whether it slept, kicks by thread, and requests of
+several vCPUs by thread and request, of nested calls the outermost one. Every event that an engine made has its number,
+and none is missing. Exit status 1 says that something differs, that nothing was there to be compared, or that an
+engine that was asked for does not work. Imports no pandas.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from tracer import host, tracefs
 from tracer.engines import Choice, choices, open_engine
 from tracer.errors import KvmreqError
 
+EVENTS = ("kvm_exit", "kvm_entry", "kvm_vcpu_wakeup")
 KICKS = ("kvm_vcpu_kick", "__kvm_vcpu_kick")
 REQUESTERS = ("kvm_make_all_cpus_request", "kvm_make_all_cpus_request_except", "kvm_make_vcpus_request_mask")
 _RING_BYTES = 64 << 20
 _REQUEST = re.compile(r"request=(\d+)")
+_WAKEUP = re.compile(r"(wait|poll) time (\d+) ns")
 
 Events = npt.NDArray[np.void]
 
@@ -47,6 +50,20 @@ def probes() -> dict[str, str]:
         if name in there:
             found[f"begin_{name}"] = f"p {name} request=%si:u32"
             found[f"end_{name}"] = f"r {name}"
+    return found
+
+
+def wakeups(lines: Iterable[str], pids: Collection[int]) -> Counter[tuple[int, ...]]:
+    """Return wake-ups of these processes by thread, nanoseconds, and whether the vCPU slept.
+
+    >>> wakeups([" a-7 ( 6) [000] .... 1.0: kvm_vcpu_wakeup: wait time 23 ns, polling valid"], [6])
+    Counter({(7, 23, 1): 1})
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for match in filter(None, map(LINE.search, lines)):
+        ours = match["event"] == "kvm_vcpu_wakeup" and int(match["pid"]) in pids
+        if ours and (told := _WAKEUP.search(match["words"])):
+            found[int(match["tid"]), int(told[2]), int(told[1] == "wait")] += 1
     return found
 
 
@@ -114,7 +131,7 @@ def compare(choice: Choice, names: Sequence[str]) -> dict[str, Any]:
     settings = Settings(watched=(1 << 64) - 1, cpus=host.possible_cpus(), full=True, ring_bytes=_RING_BYTES)
     also = probes() if choice.engine != "tracepoint" else {}
     formats = {name: exits.parse(text) for name, text in tracefs.formats(exits.EVENTS).items()}
-    with instance(also) as path, open_engine(choice.plan, settings) as engine:
+    with instance(EVENTS, also) as path, open_engine(choice.plan, settings) as engine:
         engine.attach()
         runs: dict[int, str] = {}
         batches = []
@@ -130,10 +147,15 @@ def compare(choice: Choice, names: Sequence[str]) -> dict[str, Any]:
     events = every[np.isin(every["pid"], list(runs))]
     ours, theirs = of_engine(events, formats), parsed(lines)
     kicks, requests = others(lines)
+    woken = events[events["kind"] == Kind.WAKEUP]
     pairs: dict[str, tuple[Mapping[Any, int], Mapping[Any, int]]] = {
         what: (getattr(ours, what), {key: n for key, n in getattr(theirs, what).items() if key[0] in runs})
         for what in ("exits", "entries")
     }
+    pairs["wakeups"] = (
+        Counter(zip(*(woken[column].tolist() for column in ("tid", "arg", "detail")), strict=True)),
+        wakeups(lines, runs),
+    )
     if also:
         begun = events[events["kind"] == Kind.REQUEST_ALL]
         pairs["kicks"] = Counter((int(tid),) for tid in events["tid"][events["kind"] == Kind.KICK]), kicks
@@ -158,6 +180,7 @@ def compare(choice: Choice, names: Sequence[str]) -> dict[str, Any]:
         or any(found[f"{what}_differ"] for what in pairs)
         or (also and ends != found["requests"])
         or len(every) != counters["produced"]
+        or not any(found[what] for what in pairs)
     )
     return found
 

@@ -31,6 +31,8 @@ from tests.matrix import CHECKOUT, truth
 LIVE_S = 240  # for record to be live: some 15 s on an idle machine
 SCENARIO_S = 120  # for one scenario: 10 s for the longest
 END_S = 120  # for record to write what it has
+COUNT_S = 300  # for one engine's counts beside those of tracefs
+COUNTED = {"stat": ("kprobe", "tracepoint"), "full": ("fentry", "kprobe", "tracepoint")}  # by tests.matrix.*_counts
 GONE_S = 30  # for the kernel to take away what a killed process held: it frees programs after a grace period
 POLL_S = 0.05
 AGAIN = ("delivered", "lost", "nested_reflected")  # what is run again when kvm_amd was loaded again
@@ -293,6 +295,23 @@ def together(engines: Sequence[str], out: Path, names: Sequence[str]) -> dict[st
     return told
 
 
+def counts(engines: Sequence[str], out: Path) -> list[dict[str, Any]]:
+    """Compare with tracefs what statistics and detail full count; return what each comparison found."""
+    found = []
+    for what, engine in ((what, engine) for what, known in COUNTED.items() for engine in engines if engine in known):
+        began, file = time.monotonic(), out / f"{what}.json"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", f"tests.matrix.{what}_counts", engine]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=COUNT_S)
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        results = (
+            json.loads(file.read_text()) if file.exists() else [{"engine": engine, "refused": said, "same": False}]
+        )
+        found += [{"what": what, "seconds": time.monotonic() - began, **result} for result in results]
+        say(f"{engine}: counts of {what} and of tracefs are {'the same' if not done.returncode else 'NOT the same'}")
+    return found
+
+
 def main(words: Sequence[str]) -> int:
     """Try every engine; the exit status says only whether it came to the end."""
     parser = argparse.ArgumentParser("python3 -m tests.matrix.inside")
@@ -337,6 +356,12 @@ def main(words: Sequence[str]) -> int:
             told["engines"].append(try_engine(engine, out, names, witnesses, options, again=arguments.again))
         except OSError as error:  # of this engine alone: the others are still worth trying
             told["failed"].append(f"{engine}: {error}")
+    works = [one["engine"] for one in told["engines"] if one["refused"] is None]
+    keep()
+    try:
+        told["counts"] = counts(works, out)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        told["failed"].append(f"counts: {error}")
     if arguments.together:
         keep()
         try:

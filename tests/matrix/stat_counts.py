@@ -86,8 +86,8 @@ def parsed(lines: Iterator[str] | Sequence[str]) -> Seen:
 
 
 @contextlib.contextmanager
-def instance(probes: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
-    """Yield an instance of tracefs that records the events, and those of probes.
+def instance(events: Sequence[str] = EVENTS, probes: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
+    """Yield an instance of tracefs that records events of KVM, and those of probes.
 
     These are given by name as kprobe_events has them: ``p`` or ``r``, and what stands behind the name.
     """
@@ -105,7 +105,7 @@ def instance(probes: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]
                 (path / "events" / group / name / "enable").write_text("1")
             (path / "buffer_size_kb").write_text(str(_BUFFER_KB))
             (path / "options/record-tgid").write_text("1")
-            for name in EVENTS:
+            for name in events:
                 (path / "events/kvm" / name / "enable").write_text("1")
             yield path
         finally:

@@ -226,6 +226,11 @@ def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str]
         say(f"{name}: {words or 'nothing judged'}; {round(engine['seconds'])} s")
     counts = verdicts.counts(boot)
     tally.passed += counts[verdicts.EXACT] + counts[verdicts.DECLARED]
+    for one in boot.get("counts", ()):
+        told = ", ".join(f"{number} {what}" for what, number in sorted(one["counted"].items()))
+        differ = "NOT as tracefs" if one["differences"] else "as tracefs"
+        say(f"{where} {one['engine']} {one['what']}: {told or 'nothing counted'}: {differ}")
+        tally.passed += not one["differences"]
     if both := boot.get("together"):
         differ = f"{len(both['differences'])} differences" if both["differences"] else "no difference"
         say(f"{where} {' and '.join(both['engines'])} at the same time: {both['scenarios']} scenarios, {differ}")

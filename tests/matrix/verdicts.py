@@ -45,9 +45,26 @@ def of_boot(folder: Path) -> dict[str, Any]:
     kept = ("release", "build", "python", "bcc", "headers", "kvm_has_btf", "complete")
     results = {key: told[key] for key in kept}
     results["engines"] = [_of_engine(folder, told, engine) for engine in told["engines"]]
+    results["counts"] = [_of_counts(one) for one in told.get("counts", ())]
     if "together" in told:
         results["together"] = _of_both(folder, told["together"])
     return results
+
+
+def _of_counts(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many exits, entries, kicks and so on an engine counted, and in what that differs from tracefs."""
+    differences = [f"{what}: {differ}" for what, differ in told.items() if what.endswith("_differ") and differ]
+    if not told["same"] and not differences:
+        known = ("refused", "loss", "overrun", "gaps", "counters", "unseen")
+        differences = [f"{what}: {told[what]}" for what in known if told.get(what)] or ["nothing was counted"]
+    counted = {
+        key: sum(told[key].values()) if isinstance(told[key], dict) else told[key] for key in _COUNTED & told.keys()
+    }
+    return {"what": told["what"], "engine": told["engine"], "counted": counted, "differences": differences}
+
+
+# What tests.matrix.stat_counts and full_counts compare.
+_COUNTED = {"exits", "ended", "user", "entries", "wakeups", "kicks", "requests"}
 
 
 def _of_both(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +138,9 @@ def failures(where: str, boot: Mapping[str, Any], allowed: Mapping[str, str]) ->
     ]
     if not boot["complete"]:
         found.append(Failure(where, "it did not come to its end"))
+    for one in boot.get("counts", ()):
+        name = f"{where} {one['engine']} {one['what']}, beside tracefs"
+        found += [Failure(name, what) for what in one["differences"]]
     both = boot.get("together")
     if both is not None:
         found += [Failure(f"{where} {' and '.join(both['engines'])}", what) for what in both["differences"]]
