@@ -532,7 +532,7 @@ def parser() -> argparse.ArgumentParser:
         "--detail",
         choices=("boundary", "full"),
         default="boundary",
-        help="full: every ioctl boundary (default: %(default)s)",
+        help="full: every ioctl boundary, guest entry, guest exit, wake-up and kick (default: %(default)s)",
     )
     one.add_argument("--duration", type=_seconds, metavar="S", help="end after so many seconds")
     one.add_argument("-p", "--pid", type=_positive, action="append", default=[], help="trace only this VMM; repeatable")

@@ -35,7 +35,7 @@ def text(findings: Mapping[str, Any]) -> str:
             )
         )
     if findings["plan"]:
-        lines += ["", f"Plan of engine {findings['auto']}"]
+        lines += ["", f"Plan of engine {findings['auto']}, detail full"]
         for hook in findings["plan"]:
             mark = "ok   " if hook["hook"] else "blind"
             lines.append(_wrapped(f"{mark} " if not hook["hook"] else mark, hook["fact"]))

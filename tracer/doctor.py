@@ -177,6 +177,8 @@ def examine() -> dict[str, Any]:
     engines = choices()
     tests = [_self_test(choice) for choice in engines if choice.why_not is None]
     best = next((choice for choice in engines if choice.why_not is None), None)
+    # Of detail full, which is that of detail boundary and more.
+    plan = next((choice.plan for choice in choices(full=True) if best and choice.engine == best.engine), None)
     return {
         "schema": "kvmreq.doctor/1",
         "host": host.hostname(),
@@ -186,7 +188,7 @@ def examine() -> dict[str, Any]:
             {"engine": choice.engine, "works": choice.why_not is None, "why_not": choice.why_not} for choice in engines
         ],
         "auto": best.engine if best else None,
-        "plan": best.plan.as_json() if best and best.plan else [],
+        "plan": plan.as_json() if plan else [],
         "guests": _guests(best) if best else [],
         "works": best is not None
         and bool(tests)
