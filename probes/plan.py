@@ -126,40 +126,50 @@ _GUEST = (
         full=True,
     ),
 )
+#: Functions that kick a vCPU: each kernel has one of them.
+KICKERS = ("kvm_vcpu_kick", "__kvm_vcpu_kick")
+_KICKED = "a vCPU is kicked, by whom, with which requests"
 _ALL, _SOME = "every vCPU of a VM", "some vCPUs of a VM"
-# Functions that raise a request of several vCPUs, each with whom it means; the first ones may call the later ones.
-_REQUESTERS = {
+#: Functions that raise a request of several vCPUs, and of which; the first ones may call the later ones.
+REQUESTERS = {
     "kvm_make_all_cpus_request": _ALL,
     "kvm_make_all_cpus_request_except": _ALL,  # or of every one but one
     "kvm_make_vcpus_request_mask": _SOME,
 }
+
+
+def _raises(who: str) -> str:
+    return f"a request is about to be raised of {who}, by whom"
+
+
+def _raised(who: str) -> str:
+    return f"a request was raised of {who}, and the requester goes on"
+
+
 _KICKS = (
     *(
         Hook(
-            f"a request was raised of {who}, and the requester goes on",
+            _raised(who),
             Via.KRETPROBE,
             function,
             f"after_{function}",
             f"when a requester of {who} went on, and which vCPUs it left in guest mode ({function})",
             full=True,
         )
-        for function, who in _REQUESTERS.items()
+        for function, who in REQUESTERS.items()
     ),
     *(
         Hook(
-            f"a request is about to be raised of {who}, by whom",
+            _raises(who),
             Via.KPROBE,
             function,
             f"on_{function}",
             f"who raised a request of {who} ({function})",
             full=True,
         )
-        for function, who in _REQUESTERS.items()
+        for function, who in REQUESTERS.items()
     ),
-    *(
-        Hook("a vCPU is kicked, by whom, with which requests", Via.KPROBE, function, "on_kick", "kicks", full=True)
-        for function in ("kvm_vcpu_kick", "__kvm_vcpu_kick")
-    ),
+    *(Hook(_KICKED, Via.KPROBE, function, "on_kick", "kicks", full=True) for function in KICKERS),
 )
 
 # The order is the order of attaching: what ends an ioctl before what begins one, so that no begin goes without its end.
@@ -419,11 +429,6 @@ def _told(tracepoint: str, fact: str, unseen: str) -> Hook:
     return Hook(fact, Via.TRACE_EVENT, f"kvm:{tracepoint}", tracepoint, unseen, full=True)
 
 
-_KICKED = "a vCPU is kicked, by whom, with which requests"
-_ALL = "every vCPU of a VM gets a request, by whom"
-_SOME = "some vCPUs of a VM get a request, by whom"
-_ALL_RETURNED = "every vCPU of a VM has got a request, and its requester goes on"
-_SOME_RETURNED = "some vCPUs of a VM have got a request, and their requester goes on"
 _NO_WORD = "entries of the guest: their requests are not read"
 _LATE = "the requests where the guest was left: they are read at the next hook"
 _NO_REQUESTER = "who raised a request of several vCPUs"
@@ -449,24 +454,9 @@ _FTRACE_FULL = (
     _told("kvm_entry", "the guest is entered", "entries of the guest"),
     _told("kvm_exit", "the guest was left, and why", "exits of the guest"),
     _told("kvm_vcpu_wakeup", "a vCPU stops blocking", "wake-ups"),
-    _call("kick", "kvm_vcpu_kick", _KICKED, "kicks"),
-    _call("kick", "__kvm_vcpu_kick", _KICKED, "kicks"),
-    *(
-        _call("request_end", name, fact, _NO_RETURN, Via.KRETPROBE_EVENT)
-        for name, fact in (
-            ("kvm_make_all_cpus_request", _ALL_RETURNED),
-            ("kvm_make_all_cpus_request_except", _ALL_RETURNED),
-            ("kvm_make_vcpus_request_mask", _SOME_RETURNED),
-        )
-    ),
-    *(
-        _call("request", name, fact, _NO_REQUESTER)
-        for name, fact in (
-            ("kvm_make_all_cpus_request", _ALL),
-            ("kvm_make_all_cpus_request_except", _ALL),
-            ("kvm_make_vcpus_request_mask", _SOME),
-        )
-    ),
+    *(_call("kick", name, _KICKED, "kicks") for name in KICKERS),
+    *(_call("request_end", name, _raised(who), _NO_RETURN, Via.KRETPROBE_EVENT) for name, who in REQUESTERS.items()),
+    *(_call("request", name, _raises(who), _NO_REQUESTER) for name, who in REQUESTERS.items()),
 )
 # Of the kprobe engine's hooks: what its functions cannot be asked by fetch arguments is replaced by hooks of its own.
 FTRACE = (

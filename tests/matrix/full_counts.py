@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes import exits
+from probes.plan import KICKERS, REQUESTERS
 from probes.program import ENGINES, Settings
 from probes.schema import Kind
 from tests.matrix.stat_counts import LINE, Seen, instance, lost, parsed, run_apart, scenarios
@@ -33,8 +34,6 @@ from tracer.engines import Choice, choices, open_engine
 from tracer.errors import KvmreqError
 
 EVENTS = ("kvm_exit", "kvm_entry", "kvm_vcpu_wakeup")
-KICKS = ("kvm_vcpu_kick", "__kvm_vcpu_kick")
-REQUESTERS = ("kvm_make_all_cpus_request", "kvm_make_all_cpus_request_except", "kvm_make_vcpus_request_mask")
 _RING_BYTES = 64 << 20
 _REQUEST = re.compile(r"request=(\d+)")
 _WAKEUP = re.compile(r"(wait|poll) time (\d+) ns")
@@ -44,8 +43,8 @@ Events = npt.NDArray[np.void]
 
 def probes() -> dict[str, str]:
     """Return what tracefs is to record of the functions that this kernel has."""
-    there = host.addresses((*KICKS, *REQUESTERS))
-    found = {f"kick_{name}": f"p {name}" for name in KICKS if name in there}
+    there = host.addresses((*KICKERS, *REQUESTERS))
+    found = {f"kick_{name}": f"p {name}" for name in KICKERS if name in there}
     for name in REQUESTERS:
         if name in there:
             found[f"begin_{name}"] = f"p {name} request=%si:u32"
