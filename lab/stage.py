@@ -171,13 +171,10 @@ def in_words(lifecycle: Lifecycle) -> str:
     return _of_requests(lifecycle["end"], [request_of(lifecycle)])
 
 
-_MOST_NAMES = 2  # on a line of the list
-
-
 def _of_requests(end: str, requests: Sequence[str]) -> str:
     if list(requests) == [TRIPLE_FAULT]:
         return end
-    return f"{' and '.join(requests) if len(requests) <= _MOST_NAMES else f'{len(requests)} requests'} {end}"
+    return f"{requests[0] if len(requests) == 1 else f'{len(requests)} requests'} {end}"
 
 
 # Says why a host cannot run a scenario, if it cannot.
