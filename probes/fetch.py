@@ -32,13 +32,14 @@ _FIELDS = (
     ("guest_mode", "kvm_vcpu.stat.guest_mode", True),
     ("hflags", "kvm_vcpu.arch.hflags", True),
     ("mode", "kvm_vcpu.mode", False),
+    ("vcpu_idx", "kvm_vcpu.vcpu_idx", True),
 )
 
 # Registers that a call preserves (x86-64 psABI).
 PRESERVED = ("bx", "bp", "r12", "r13", "r14", "r15")
 
-#: The function that is given a bitmap of the vCPUs that get a request.
-MASKED = "kvm_make_vcpus_request_mask"
+#: The functions that are given a vCPU that gets no request, or a bitmap of those that get it.
+EXCEPTING, MASKED = "kvm_make_all_cpus_request_except", "kvm_make_vcpus_request_mask"
 
 # offsetof in struct kvm_vcpu_events (uapi asm/kvm.h): flags, triple_fault.pending.
 _EVENTS_FLAGS, _EVENTS_PENDING = 20, 28
@@ -133,7 +134,7 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
     if role == "kick":
         return [*_vcpu(at, "%di"), f"mode=+{at['mode']}(%di):s32"]
     if role == "request":
-        return ["kvm=%di:x64", "request=%si:u32", *(_masks() if function == MASKED else ())]
+        return ["kvm=%di:x64", "request=%si:u32", *_meant(function, at)]
     if role == "request_end":
         return []
     return _preserved(at)  # a site
@@ -145,7 +146,12 @@ def called(program: str) -> tuple[str, str]:
     return role, function
 
 
-def _masks() -> list[str]:
+def _meant(function: str, at: Mapping[str, int]) -> list[str]:
+    """Return what tells which vCPUs get a request."""
+    if function == EXCEPTING and "vcpu_idx" in at:
+        return ["spared=%dx:x64", f"index=+{at['vcpu_idx']}(%dx):u32"]
+    if function != MASKED:
+        return []
     # The bitmap is the third argument. On 5.10 it is the fourth, after a vCPU to leave out: its callers there, which
     # are those for the IOAPIC and Hyper-V's TLB flush, leave none out.
     return [

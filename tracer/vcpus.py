@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from probes.fetch import MASKED, PRESERVED, called
+from probes.fetch import EXCEPTING, MASKED, PRESERVED, called
 from probes.requests import TRIPLE_FAULT
 from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
 from tracer.loss import VcpuLoss
@@ -42,8 +42,9 @@ _KVM_SYNC_X86_EVENTS = 4
 _X86_CR0_PE = 1
 _ALWAYS = _ALL = (1 << 64) - 1
 _BIT = 1 << TRIPLE_FAULT
+_MASK_BITS = 64
 # Functions that raise a request of several vCPUs: each may call those after it, never itself or one before it.
-_REQUESTERS = ("kvm_make_all_cpus_request", "kvm_make_all_cpus_request_except", MASKED)
+_REQUESTERS = ("kvm_make_all_cpus_request", EXCEPTING, MASKED)
 
 
 def _errno(value: int) -> int:
@@ -95,6 +96,7 @@ class _Guest:
 
     vcpu: int
     entering: _Reading | None = None  # with which the guest is about to be entered
+    entered: bool = False  # an entry was told before its reading
     left: _Reading | None = None  # with which it was left
     waiting: list[tuple[int, int, int]] = field(default_factory=list)  # told, and not yet read
 
@@ -439,10 +441,18 @@ class Vcpus:
     def _awake(self, record: Any, time_ns: int, cpu: int) -> None:
         self._look(record, time_ns, cpu)
 
+    # Where the guest is entered KVM's run function begins, and then tells so; on 5.10 its caller has told so before.
+
     def _entering(self, record: Any, time_ns: int, cpu: int) -> None:
         guest = self._look(record, time_ns, cpu)
-        if guest is not None:
-            guest.entering = self._reading(record, time_ns)
+        if guest is None:
+            return
+        reading = self._reading(record, time_ns)
+        if guest.entered:
+            guest.entered = False
+            self._boundary(self._vcpus[guest.vcpu], reading, (Kind.GUEST_ENTRY, 0, 0), (record.common_pid, cpu))
+        else:
+            guest.entering = reading
 
     def _left(self, record: Any, time_ns: int, cpu: int) -> None:
         """The trace event kvm_exit asks why the guest was left, before or after it has its place in the buffer."""
@@ -453,8 +463,10 @@ class Vcpus:
             guest.left = self._reading(record, time_ns)
 
     def _told(self, record: Any) -> tuple[_Guest, _Vcpu] | None:
-        # None: of a thread that no function has told of, such as that of a process nobody asked for.
-        guest = self._guests.get(record.common_pid)
+        # None: of a thread of which nothing is known, such as that of a process nobody asked for.
+        guest, inside = self._guests.get(record.common_pid), self._threads.get(record.common_pid)
+        if inside is not None and inside.cmd == KVM_RUN and (guest is None or guest.vcpu != inside.vcpu):
+            guest = self._guests[record.common_pid] = _Guest(inside.vcpu)
         state = self._vcpus.get(guest.vcpu) if guest is not None else None
         return (guest, state) if guest is not None and state is not None else None
 
@@ -464,22 +476,28 @@ class Vcpus:
             return
         guest, state = told
         reading, guest.entering, guest.left = guest.entering, None, None
-        if reading is None:
-            self._lose(state, time_ns)  # a later reading is of what the guest has seen since
+        if reading is not None:
+            self._boundary(state, reading, (Kind.GUEST_ENTRY, 0, 0), (record.common_pid, cpu))
             return
-        self._boundary(state, reading, (Kind.GUEST_ENTRY, 0, 0), (record.common_pid, cpu))
+        if guest.entered:
+            self._lose(state, time_ns)
+        guest.entered = True
 
     def _lose(self, state: _Vcpu, time_ns: int) -> None:
         state.seq += 1
         before = self.lost.get(state.number, VcpuLoss(0, time_ns, time_ns))
         self.lost[state.number] = VcpuLoss(before.count + 1, before.first_ns, time_ns)
 
-    def _exit(self, record: Any, _time_ns: int, cpu: int) -> None:
+    def _exit(self, record: Any, time_ns: int, cpu: int) -> None:
         told = self._told(record)
         if told is None:
             return
         guest, state = told
-        what = Kind.GUEST_EXIT, record.exit_reason, record.isa
+        if guest.entered:
+            self._lose(state, time_ns)  # a later reading is of what the guest has seen since
+            guest.entered = False
+        guest.entering = None
+        what = Kind.GUEST_EXIT, record.exit_reason & 0xFFFFFFFF, record.isa
         if guest.left is None:
             guest.waiting.append(what)
             return
@@ -504,15 +522,18 @@ class Vcpus:
         )
 
     def _request(self, function: str, record: Any, time_ns: int, cpu: int) -> None:
-        outer = self._requests.get(record.common_pid)
-        if outer is not None and _REQUESTERS.index(function) > _REQUESTERS.index(outer.function):
-            return  # its own work: told once
         vm = self._vms.get(record.kvm)
         if vm is None:
             return  # it has no vCPU, or nobody asked for it
+        outer = self._requests.get(record.common_pid)
+        inner = outer is not None and _REQUESTERS.index(function) > _REQUESTERS.index(outer.function)
+        if outer is not None and inner and (outer.what[0], outer.what[2]) == (record.request, vm[0]):
+            return  # its own work: told once
         mask = _ALL
         if function == MASKED:
             mask = record.third_mask if record.third else record.fourth_mask
+        elif getattr(record, "spared", 0) and record.index < _MASK_BITS:
+            mask &= ~(1 << record.index)
         made = _Request(function, time_ns, (record.request, mask, vm[0]), vm[1])
         self._requests[record.common_pid] = made
         self._requested(Kind.REQUEST_ALL, made, time_ns, 0, (record.common_pid, cpu))

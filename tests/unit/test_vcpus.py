@@ -224,6 +224,34 @@ def test_what_another_tracer_asks_of_the_exit_tells_nothing() -> None:
     assert stream.events["arg"][3] == 1
 
 
+def test_an_entry_that_is_told_before_the_run_function_begins_is_read_there() -> None:
+    """As on 5.10: the reading of an entry is never that of the one before."""
+    stream = inside_run()
+    for word in (TF, 0):
+        stream("kvm_entry")
+        stream.word = word
+        stream("entering__svm_vcpu_run")("left__svm_get_exit_info")("kvm_exit", exit_reason=1, isa=2)
+    assert stream.story[2:] == [
+        (Kind.GUEST_ENTRY, False, True),
+        (Kind.GUEST_EXIT, True, True),
+        (Kind.GUEST_ENTRY, True, False),
+        (Kind.GUEST_EXIT, False, False),
+    ]
+    assert (np.diff(stream.events["time_ns"].astype(np.int64)) > 0).all()
+    assert not stream.vcpus.lost
+
+
+def test_a_thread_that_runs_another_vcpu_tells_of_that_one() -> None:
+    """A VMM may run all of its vCPUs on one thread."""
+    stream = inside_run()("kvm_entry")("entering__svm_vcpu_run")("left__svm_get_exit_info")
+    stream("kvm_exit", exit_reason=1, isa=2)("vcpu_put")("kvm_userspace_exit", reason=2, errno=0)
+    other = {"vcpu": VCPU + 0x4000, "vcpu_id": 4}
+    stream("vcpu_create", **other)("vcpu_ioctl", cmd=KVM_RUN, **other)("kvm_entry")("entering__svm_vcpu_run", **other)
+    made = np.array(stream.vcpus.events, EVENT)
+    assert made["kind"].tolist()[-3:] == [Kind.VCPU_NEW, Kind.RUN_ENTER, Kind.GUEST_ENTRY]
+    assert set(made["vcpu"][-3:].tolist()) == {made["vcpu"][-1]} != {made["vcpu"][0]}
+
+
 def test_an_entry_whose_requests_were_not_read_is_lost_and_not_made_up() -> None:
     """What is read later is what the guest has seen since: a gap in the numbers, told by vCPU."""
     stream = inside_run()("entering__svm_vcpu_run")("kvm_entry")("left__svm_get_exit_info")
@@ -294,16 +322,25 @@ def test_a_request_of_some_vcpus_tells_which(place: dict[str, int]) -> None:
     assert stream.events["requests"].tolist()[-2:] == [5, 5]
 
 
-def test_a_requester_whose_return_was_missed_is_told_of_again() -> None:
-    """No function calls one before it: what seems to be open is over. Nothing is told of a VM that nobody knows."""
+@pytest.mark.parametrize(("spared", "index", "mask"), [(0, 3, -1), (9, 3, ~8), (9, 64, -1)])
+def test_a_request_of_all_but_one_vcpu_tells_which_one_is_spared(spared: int, index: int, mask: int) -> None:
+    """None is where the caller gave none; what has no bit in the mask cannot be told."""
     stream = inside_run()
+    request(stream, "request", EXCEPT, spared=spared, index=index)
+    assert int(stream.events["requests"][-1]) == mask & (1 << 64) - 1
+
+
+def test_a_requester_whose_return_was_missed_is_told_of_again() -> None:
+    """No function calls one before it, nor for another request. Nothing is told of a VM that nobody knows."""
+    stream = inside_run()
+    request(stream, "request", ALL, request=7)
     request(stream, "request", EXCEPT)
     request(stream, "request", EXCEPT)
     request(stream, "request", ALL)
     request(stream, "request_end", EXCEPT)
     request(stream, "request_end", ALL)
     request(stream, "request", ALL, kvm=KVM + 8)
-    kinds = [Kind.REQUEST_ALL] * 3 + [Kind.REQUEST_ALL_END]
+    kinds = [Kind.REQUEST_ALL] * 4 + [Kind.REQUEST_ALL_END]
     assert stream.events["kind"].tolist()[2:] == kinds
 
 
