@@ -51,7 +51,7 @@ def condensed(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 name: {
                     "bcc": boot["bcc"],
                     "engines": [_condensed(engine) for engine in boot["engines"]],
-                    "together": boot.get("together"),
+                    **{key: boot[key] for key in ("together", "full") if key in boot},
                 }
                 for name, boot in result["userspaces"].items()
                 if "failed" not in boot
@@ -201,15 +201,29 @@ def _list(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _together(kernels: Sequence[Mapping[str, Any]]) -> str:
+    boots = [
+        (f"{kernel['series']} {userspace}", boot)
+        for kernel in kernels
+        for userspace, boot in kernel["userspaces"].items()
+    ]
     said = [
         (
-            f"{kernel['series']} {userspace}",
+            where,
             f"{' and '.join(both['engines'])}: {both['scenarios']} scenarios, "
             + ("; ".join(both["differences"]) or f"the same {both['lifecycles']} lifecycles"),
         )
-        for kernel in kernels
-        for userspace, boot in kernel["userspaces"].items()
+        for where, boot in boots
         if (both := boot.get("together"))
+    ]
+    # How often what happened differs from boot to boot: such numbers would make a line of its own for each.
+    said += [
+        (
+            where,
+            f"{' and '.join(full['engines'])} in detail full, beside tracefs: "
+            + ("; ".join(full["differences"]) or "the same entries, exits and transitions of every request"),
+        )
+        for where, boot in boots
+        if (full := boot.get("full"))
     ]
     return "## Two engines at the same time\n\n" + _list(_grouped(said)) if said else ""
 

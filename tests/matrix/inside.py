@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from typing import Any
 
 from lab.kvm import Kvm
 from lab.stage import no_triple_fault_event
-from tests.matrix import CHECKOUT, truth
+from tests.matrix import CHECKOUT, busy, stat_counts, truth
 
 LIVE_S = 240  # for record to be live: some 15 s on an idle machine
 SCENARIO_S = 120  # for one scenario: 10 s for the longest
@@ -312,6 +313,36 @@ def counts(engines: Sequence[str], out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def full(engines: Sequence[str], out: Path) -> dict[str, Any]:
+    """Record every request of a busy guest in detail full, with several engines at the same time as with tracefs."""
+    told: dict[str, Any] = {"engines": list(engines), "status": {}, "said": {}}
+    records: list[Record] = []
+    with stat_counts.instance() as path:
+        try:
+            for engine in engines:
+                records.append(Record(out / f"full-{engine}", engine, ("--detail", "full", "--requests", "all")))
+            say(f"{' and '.join(engines)}: live at the same time, in detail full")
+            told["work"] = _in_child(busy.work, SCENARIO_S)
+        except Refused as refusal:
+            told["refused"] = str(refusal)
+        finally:
+            for record in reversed(records):
+                told["status"][record.engine] = record.finish()
+                told["said"][record.engine] = record.said
+        seen = stat_counts.parsed((path / "trace").read_text().splitlines())
+        told["overrun"] = stat_counts.lost(path)
+    mine = told.get("work", {}).get("pid")
+    exits: Counter[int] = Counter()
+    for (pid, vcpu, _), number in seen.exits.items():
+        exits[vcpu] += number if pid == mine else 0
+    told["tracefs"] = {
+        "kvm_entry": {str(vcpu): number for (pid, vcpu, _), number in seen.entries.items() if pid == mine},
+        "kvm_exit": {str(vcpu): number for vcpu, number in exits.items() if number},
+    }
+    say(f"{' and '.join(engines)}: {sum(exits.values())} exits of a busy guest in detail full")
+    return told
+
+
 def main(words: Sequence[str]) -> int:
     """Try every engine; the exit status says only whether it came to the end."""
     parser = argparse.ArgumentParser("python3 -m tests.matrix.inside")
@@ -366,6 +397,8 @@ def main(words: Sequence[str]) -> int:
         keep()
         try:
             told["together"] = together(arguments.together, out, names)
+            keep()
+            told["full"] = full(arguments.together, out)
         except (OSError, subprocess.TimeoutExpired) as error:
             told["failed"].append(f"{' and '.join(arguments.together)}: {error}")
     told["complete"] = not told["failed"]

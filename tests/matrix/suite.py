@@ -235,6 +235,13 @@ def _tell(where: str, boot: Mapping[str, Any], may_be_refused: Mapping[str, str]
         differ = f"{len(both['differences'])} differences" if both["differences"] else "no difference"
         say(f"{where} {' and '.join(both['engines'])} at the same time: {both['scenarios']} scenarios, {differ}")
         tally.passed += not both["differences"]
+    if full := boot.get("full"):
+        differ = f"{len(full['differences'])} differences" if full["differences"] else "no difference"
+        if "transitions" in full:
+            differ += f" in {full['transitions']} transitions of requests and {full['entries']} entries of the guest"
+            differ += f", {full['excused']} seen by one of them only"
+        say(f"{where} {' and '.join(full['engines'])} at the same time, in detail full: {differ}")
+        tally.passed += not full["differences"]
     for failure in verdicts.failures(where, boot, may_be_refused):
         tally.fail(failure)
     say(f"{where}: boot {boot['boot_s']} s, {boot['seconds']} s in all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 
 from analysis.judge import judge
 from reports.document import document
-from tests.matrix import truth
+from tests.matrix import transitions, truth
 from tests.matrix.witnesses import EXPECT
 from tracer.errors import KvmreqError
 from tracer.recording import Recording
@@ -48,6 +49,8 @@ def of_boot(folder: Path) -> dict[str, Any]:
     results["counts"] = [_of_counts(one) for one in told.get("counts", ())]
     if "together" in told:
         results["together"] = _of_both(folder, told["together"])
+    if "full" in told:
+        results["full"] = _of_full(folder, told["full"])
     return results
 
 
@@ -81,6 +84,23 @@ def _of_both(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
         "lifecycles": len(reports[0]["lifecycles"]),
         "differences": truth.between(reports[0], reports[1]),
     }
+
+
+def _of_full(folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two engines say differently of every request of a busy guest, and how much they had to say."""
+    result: dict[str, Any] = {"engines": told["engines"]}
+    failed = told.get("refused") or told["work"].get("error")
+    if failed or any(told["status"].values()):
+        return {**result, "differences": [str(failed or told["status"])]}
+    if told["overrun"]:
+        return {**result, "differences": [f"tracefs itself has lost {told['overrun']} events"]}
+    pid = told["work"]["pid"]
+    try:
+        stories = [transitions.story(folder / f"full-{engine}", pid) for engine in told["engines"]]
+        compared = transitions.compare(stories[0], stories[1], told)
+    except KvmreqError as error:
+        return {**result, "differences": [str(error)]}
+    return {**result, **dataclasses.asdict(compared)}
 
 
 def _of_engine(folder: Path, told: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +166,8 @@ def failures(where: str, boot: Mapping[str, Any], allowed: Mapping[str, str]) ->
         found += [Failure(f"{where} {' and '.join(both['engines'])}", what) for what in both["differences"]]
         if not both["differences"] and not both["lifecycles"]:
             found.append(Failure(where, "two engines at the same time saw nothing"))
+    if (full := boot.get("full")) is not None:
+        found += [Failure(f"{where} {' and '.join(full['engines'])} full", what) for what in full["differences"]]
     for engine in boot["engines"]:
         found += [Failure(f"{where} {engine['engine']}", what) for what in _wrong_of(engine, allowed)]
     return found

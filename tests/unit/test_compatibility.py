@@ -68,3 +68,17 @@ def test_what_was_left_behind_is_told() -> None:
         condensed([{**RESULT, "userspaces": userspaces}])
     )
     assert "Left behind" not in page(condensed([RESULT]))
+
+
+def test_two_engines_at_the_same_time_are_told_of() -> None:
+    """In both details, each with what differs, if anything."""
+    both = {"engines": ["kprobe", "ftrace"], "scenarios": 40, "lifecycles": 41, "differences": []}
+    full = {"engines": ["kprobe", "ftrace"], "transitions": 7, "differences": []}
+    boot = RESULT["userspaces"]["debian13"]  # type: ignore[index]
+    text = page(condensed([{**RESULT, "userspaces": {"debian13": {**boot, "together": both, "full": full}}}]))
+    assert "- kprobe and ftrace: 40 scenarios, the same 41 lifecycles (6.1 debian13)\n" in text
+    same = "kprobe and ftrace in detail full, beside tracefs: the same entries, exits and transitions of every request"
+    assert f"- {same} (6.1 debian13)\n" in text
+    full["differences"] = ["an exit"]
+    text = page(condensed([{**RESULT, "userspaces": {"debian13": {**boot, "together": both, "full": full}}}]))
+    assert "- kprobe and ftrace in detail full, beside tracefs: an exit (6.1 debian13)\n" in text

@@ -239,3 +239,22 @@ def test_two_engines_differ_only_in_what_a_plan_declares() -> None:
         assert truth.between(of_both([], {}), of_both([], change))
     assert truth.between(of_both([], {}), of_both([], {}, {}))
     assert truth.between(of_both([], {}), {**of_both([], {}), "shutdowns": []})
+
+
+def test_what_two_engines_tell_differently_in_detail_full_fails(tmp_path: Path) -> None:
+    """So does a guest that did not do its work, a recorder that failed, and a tracefs that lost events."""
+    told: dict[str, Any] = {
+        "engines": ["kprobe", "ftrace"], "status": {"kprobe": 0, "ftrace": 0},
+        "work": {"pid": 1, "smm": True}, "overrun": 0,
+    }  # fmt: skip
+    for change, words in (
+        ({"work": {"error": "LabError: it did not"}}, "LabError: it did not"),
+        ({"refused": "no BPF"}, "no BPF"),
+        ({"status": {"kprobe": 1, "ftrace": 0}}, "'kprobe': 1"),
+        ({"overrun": 3}, "tracefs itself has lost 3 events"),
+        ({}, "no recording at"),
+    ):
+        full = verdicts._of_full(tmp_path, {**told, **change})
+        assert words in full["differences"][0]
+        boot = {"headers": [], "complete": True, "engines": [], "full": full}
+        assert [failure.where for failure in verdicts.failures("6.1", boot, {})] == ["6.1 kprobe and ftrace full"]

@@ -1,0 +1,301 @@
+"""A guest of two vCPUs that gets requests of which it is known how many and when; every wait is for what the guest did.
+
+``python3 -m tests.matrix.busy`` runs it alone. Each part brings a vCPU into one state, in which a thread gives it a
+prime number of requests: on its own thread, in user space, in guest mode, halted. It prints no more than that as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lab.kvm import CallFailed, Cap, Exit, Ioctl, Kvm, KvmUserspaceMemoryRegion, LabError, MpState, Pages, Vcpu, Vm
+
+# How often each part does what it does: prime, so that a factor cannot hide.
+NMIS, SMIS, INTERRUPTS, CLOCKS, SPIN_NMIS, HALT_NMIS, MEMSLOTS = 23, 13, 17, 19, 37, 31, 29
+WAIT_S = 60.0
+_CPUS = os.sched_getaffinity(0)
+
+# ioctls (uapi linux/kvm.h) that the lab has no name for.
+_KVM_NMI, _KVM_SMI, _KVM_INTERRUPT = 0xAE9A, 0xAEB7, 0x4004AE86
+_KVM_SET_CLOCK, _KVM_SIGNAL_MSI = 0x4030AE7B, 0x4020AEA5
+_KVM_GET_LAPIC, _KVM_SET_LAPIC = 0x8400AE8E, 0x4400AE8F
+_SPURIOUS_VECTOR, _APIC_ENABLED = 0xF0, 1 << 8  # its register, and a bit of it (Intel SDM volume 3)
+_MSI_TO, _MSI_NMI = 0xFEE0_0000, 0x400  # to the local APIC of bits 12 to 19, as an NMI (Intel SDM volume 3)
+
+# The guest, in real mode with all segments at 0. Both vCPUs run the same code, each with counters and flags of its own
+# at DI: the number of NMIs that it has taken at 0, whether it is to go on at 4, how often it has spun at 6.
+_MEMORY, _CODE, _HANDLER = 0x10000, 0x1000, 0x1100
+# What a vCPU sees in system management mode only: where it begins, and where KVM saves its state (SMBASE 0x30000).
+_SMM, _SMM_CODE, _SMM_STATE, _PAGE = 1, 0x38000, 0x3F000, 0x1000
+_STACKS, _MAILBOXES = (0x9000, 0xA000), (0x500, 0x600)
+_FLAG, _SPUN = 4, 6
+#   ff 05      incw (%di)
+#   cf         iret
+_COUNT = bytes.fromhex("ff05cf")
+_RSM = bytes.fromhex("0faa")
+_ASK, _SPIN, _HALT = _CODE, _CODE + 0x10, _CODE + 0x20
+#   e4 10   1: in  $0x10, %al
+#   eb fc      jmp 1b
+_ASKS = bytes.fromhex("e410ebfc")
+#   ff 45 06      1: incw 6(%di)
+#   80 7d 04 00      cmpb $0, 4(%di)
+#   74 f7            je 1b
+#   e4 10            in $0x10, %al
+_SPINS = bytes.fromhex("ff4506807d040074f7e410")
+#   f4            1: hlt
+#   80 7d 04 00      cmpb $0, 4(%di)
+#   74 f9            je 1b
+#   e4 10            in $0x10, %al
+_HALTS = bytes.fromhex("f4807d040074f9e410")
+_INTERRUPT_FLAG = 0x202
+_VECTOR = 0x20
+_OTHER_MEMORY_GPA, _OTHER_SLOT = 0x10_0000, 7
+
+
+class _Interrupt(ctypes.Structure):
+    _fields_ = (("irq", ctypes.c_uint32),)
+
+
+class _Lapic(ctypes.Structure):
+    _fields_ = (("regs", ctypes.c_uint8 * 1024),)
+
+
+class _ClockData(ctypes.Structure):
+    _fields_ = (("clock", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("pad", ctypes.c_uint32 * 9))
+
+
+class _Msi(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("address_lo", "address_hi", "data", "flags")),
+        ("pad", ctypes.c_uint8 * 16),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _ioctl(file: Vm | Vcpu, request: int, argument: ctypes.Structure | None = None) -> None:
+    if _libc.ioctl(file.fd, ctypes.c_ulong(request), ctypes.byref(argument) if argument is not None else None) < 0:
+        raise CallFailed(f"ioctl {request:#x}", ctypes.get_errno())
+
+
+def _enable_apic(vcpu: Vcpu) -> None:
+    # What is sent to a vCPU's APIC finds it once it is enabled: KVM makes its table of them then.
+    lapic = _Lapic()
+    _ioctl(vcpu, _KVM_GET_LAPIC, lapic)
+    ctypes.c_uint32.from_buffer(lapic, _SPURIOUS_VECTOR).value |= _APIC_ENABLED
+    _ioctl(vcpu, _KVM_SET_LAPIC, lapic)
+
+
+def _until(what: str, holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not holds():
+        if time.monotonic() > end:
+            raise LabError(f"the guest did not come to it within {WAIT_S:.0f} s: {what}")
+        time.sleep(0.001)
+
+
+def _finish(vcpu: Vcpu) -> None:
+    """Complete what the guest asked of user space: until then its registers are not its own (api.rst, KVM_EXIT_IO)."""
+    vcpu.kvm_run.immediate_exit = 1
+    try:
+        vcpu.run()
+    except CallFailed as error:
+        if error.errno != errno.EINTR:
+            raise
+    finally:
+        vcpu.kvm_run.immediate_exit = 0
+
+
+class _Machine:
+    """A VM whose vCPUs can be put to one of the three pieces of code."""
+
+    def __init__(self, kvm: Kvm, vcpus: int, *, irqchip: bool, smm: bool = False) -> None:
+        self.vm = kvm.create_vm()
+        self.vm.set_tss_addr(0xFFFB_D000)
+        if irqchip:
+            self.vm.create_irqchip()
+        self.memory = self.vm.add_memory(0, _MEMORY)
+        for at, code in ((_ASK, _ASKS), (_SPIN, _SPINS), (_HALT, _HALTS), (_HANDLER, _COUNT)):
+            self.memory.write(at, code)
+        if smm:
+            self.vm.add_memory(_SMM_CODE, _PAGE, address_space=_SMM).write(0, _RSM)
+            self.vm.add_memory(_SMM_STATE, _PAGE, address_space=_SMM)
+        for vector in (2, _VECTOR):
+            self.memory.write(vector * 4, _HANDLER.to_bytes(4, "little"))
+        self.vcpus = [self.vm.create_vcpu(number) for number in range(vcpus)]
+        if irqchip:
+            for vcpu in self.vcpus:
+                vcpu.set_mp_state(MpState.KVM_MP_STATE_RUNNABLE)  # the second one waits for a SIPI otherwise
+                _enable_apic(vcpu)
+
+    def close(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vm.close()
+
+    def put(self, number: int, code: int) -> None:
+        """Have a vCPU begin there, as it is after a reset."""
+        vcpu = self.vcpus[number]
+        _finish(vcpu)
+        sregs = vcpu.get_sregs()
+        for segment in (sregs.cs, sregs.ds, sregs.es, sregs.ss):
+            segment.base = segment.selector = 0
+        vcpu.set_sregs(sregs)
+        regs = vcpu.get_regs()
+        regs.rip, regs.rsp, regs.rdi, regs.rflags = code, _STACKS[number], _MAILBOXES[number], _INTERRUPT_FLAG
+        vcpu.set_regs(regs)
+        self.memory.write(_MAILBOXES[number], bytes(8))
+
+    def counted(self, number: int) -> int:
+        """Return how many NMIs and interrupts a vCPU has taken since it was put there."""
+        return int.from_bytes(self.memory.read(_MAILBOXES[number], 2), "little")
+
+    def go_on(self, number: int) -> None:
+        """Let a vCPU that spins or halts go on, once it looks."""
+        self.memory.write(_MAILBOXES[number] + _FLAG, b"\1")
+
+    def ask(self, number: int) -> None:
+        """Run a vCPU until it asks its port."""
+        reason = self.vcpus[number].run(WAIT_S)
+        if reason != Exit.KVM_EXIT_IO:
+            raise LabError(f"vCPU {number} left with {reason}, not KVM_EXIT_IO")
+
+    def spins(self, number: int) -> None:
+        """Wait until a vCPU that spins is seen to do so: it is in guest mode."""
+        at = _MAILBOXES[number] + _SPUN
+        before = self.memory.read(at, 2)
+        _until("it spun", lambda: self.memory.read(at, 2) != before)
+
+    def nmi_from_outside(self, number: int) -> None:
+        """Send a vCPU an NMI from a thread that is not its own, and wait until it has taken it."""
+        before = self.counted(number)
+        _ioctl(self.vm, _KVM_SIGNAL_MSI, _Msi(address_lo=_MSI_TO | number << 12, data=_MSI_NMI))
+        _until("it took an NMI", lambda: self.counted(number) == before + 1)
+
+
+def _on_its_own(machine: _Machine, smm: bool) -> None:
+    # Between two KVM_RUNs of its own thread, each taken by the next one.
+    machine.put(0, _ASK)
+    for _ in range(NMIS):
+        _ioctl(machine.vcpus[0], _KVM_NMI)
+        machine.ask(0)
+    if machine.counted(0) != NMIS:
+        raise LabError(f"the guest has taken {machine.counted(0)} of {NMIS} NMIs")
+    for _ in range(SMIS if smm else 0):
+        _ioctl(machine.vcpus[0], _KVM_SMI)
+        machine.ask(0)
+
+
+def _interrupts(machine: _Machine) -> None:
+    machine.put(0, _ASK)
+    for _ in range(INTERRUPTS):
+        _ioctl(machine.vcpus[0], _KVM_INTERRUPT, _Interrupt(irq=_VECTOR))
+        machine.ask(0)
+    if machine.counted(0) != INTERRUPTS:
+        raise LabError(f"the guest has taken {machine.counted(0)} of {INTERRUPTS} interrupts")
+
+
+def _in_user_space(machine: _Machine) -> None:
+    # Both vCPUs are outside KVM_RUN while every one of them gets a request.
+    for number in range(2):
+        machine.put(number, _ASK)
+    for _ in range(CLOCKS):
+        _ioctl(machine.vm, _KVM_SET_CLOCK, _ClockData(clock=time.monotonic_ns()))
+        for number in range(2):
+            machine.ask(number)
+
+
+def _running(machine: _Machine, code: int, numbers: Sequence[int], work: Callable[[int], None]) -> None:
+    # These vCPUs are inside KVM_RUN, on threads of their own, while this one works on them from another CPU: else they
+    # would be scheduled out whenever it runs.
+    first, *others = sorted(_CPUS)
+    errors: list[LabError] = []
+
+    def run(number: int) -> None:
+        os.sched_setaffinity(0, others or {first})
+        try:
+            machine.ask(number)
+        except LabError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in numbers]
+    os.sched_setaffinity(0, {first})
+    for number, thread in zip(numbers, threads, strict=True):
+        machine.put(number, code)
+        thread.start()
+    for number in numbers:
+        machine.nmi_from_outside(number)  # from here on it is known to run
+    for number in numbers:
+        work(number)
+    for number in numbers:
+        machine.go_on(number)
+        if code == _HALT:
+            _ioctl(machine.vm, _KVM_SIGNAL_MSI, _Msi(address_lo=_MSI_TO | number << 12, data=_MSI_NMI))
+    for thread in threads:
+        thread.join(WAIT_S)
+    os.sched_setaffinity(0, _CPUS)
+    if errors:
+        raise errors[0]
+
+
+def _move_memory(machine: _Machine, number: int, pages: Pages) -> None:
+    for times in range(MEMSLOTS):
+        machine.spins(number)
+        region = KvmUserspaceMemoryRegion(_OTHER_SLOT, 0, _OTHER_MEMORY_GPA, pages.size if times % 2 == 0 else 0)
+        region.userspace_addr = pages.address
+        machine.vm.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
+
+
+def _spinning(machine: _Machine, number: int) -> None:
+    for _ in range(SPIN_NMIS):
+        machine.spins(number)
+        machine.nmi_from_outside(number)
+
+
+def _halting(machine: _Machine, number: int) -> None:
+    for _ in range(HALT_NMIS):
+        machine.nmi_from_outside(number)
+
+
+def known(*, smm: bool) -> list[tuple[int, str, int]]:
+    """Return which request is pending after which ioctl of a vCPU, and how often that is done."""
+    return [
+        (_KVM_NMI, "nmi", NMIS),
+        (_KVM_INTERRUPT, "event", INTERRUPTS),
+        *([(_KVM_SMI, "smi", SMIS)] if smm else []),
+    ]
+
+
+def work() -> dict[str, Any]:
+    """Run every part, and return which process did it, and whether this KVM has SMM."""
+    with Kvm() as kvm:
+        smm = bool(kvm.check_extension(Cap.KVM_CAP_X86_SMM))
+        smm &= kvm.check_extension(Cap.KVM_CAP_MULTI_ADDRESS_SPACE) > _SMM
+        alone = _Machine(kvm, 1, irqchip=False)
+        _interrupts(alone)
+        alone.close()
+        machine = _Machine(kvm, 2, irqchip=True, smm=smm)
+        _on_its_own(machine, smm)
+        _in_user_space(machine)
+        for alone_in_guest_mode in range(2):
+            _running(machine, _SPIN, [alone_in_guest_mode], lambda number: _spinning(machine, number))
+        _running(machine, _HALT, range(2), lambda number: _halting(machine, number))
+        pages = Pages(0x10000)
+        _running(machine, _SPIN, range(2), lambda number: _move_memory(machine, number, pages))
+        machine.close()
+        pages.close()
+    return {"pid": os.getpid(), "smm": smm}
+
+
+if __name__ == "__main__":
+    print(json.dumps(work()))
+    sys.exit(0)
