@@ -24,8 +24,8 @@ TAKEN = {10: (8, {11}), 27: (26, {10, 11, 17})}
 PLAN = [
     {"hook": hook}
     for hook in (
-        "kprobe:kvm_vcpu_kick", "kprobe:kvm_make_all_cpus_request", "kretprobe:kvm_make_all_cpus_request",
-        "kprobe:kvm_make_vcpus_request_mask",
+        "raw_tracepoint:kvm_entry", "raw_tracepoint:kvm_exit", "fentry:kvm_vcpu_kick",
+        "fentry:kvm_make_all_cpus_request", "fexit:kvm_make_all_cpus_request", "fentry:kvm_make_vcpus_request_mask",
     )
 ]  # fmt: skip
 WAIT = REQUEST_FLAGS["WAIT"]

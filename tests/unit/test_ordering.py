@@ -28,13 +28,20 @@ PLAN: list[Mapping[str, Any]] = [
     for via, target in (
         ("raw_tracepoint", "kvm_entry"),
         ("raw_tracepoint", "kvm_exit"),
-        ("kprobe", "kvm_vcpu_kick"),
-        ("kprobe", "kvm_make_all_cpus_request"),
-        ("kretprobe", "kvm_make_all_cpus_request"),
-        ("kprobe", "kvm_make_vcpus_request_mask"),
+        ("raw_tracepoint", "kvm_vcpu_wakeup"),
+        ("fentry", "kvm_vcpu_kick"),
+        ("fentry", "kvm_make_all_cpus_request"),
+        ("fexit", "kvm_make_all_cpus_request"),
+        ("fentry", "kvm_make_vcpus_request_mask"),
     )
 ]
-BLIND_PLAN: list[Mapping[str, Any]] = [{"fact": "", "hook": "raw_tracepoint:kvm_entry", "unseen": None}]
+BLIND_PLAN = PLAN[:3]
+# As the engines kprobe and ftrace have it.
+KPROBE_PLAN: list[Mapping[str, Any]] = [
+    {**line, "hook": line["hook"].replace("fentry:", via).replace("fexit:", "kretprobe:")}
+    for via in ("kprobe:", "kprobe_event:")
+    for line in PLAN
+]
 
 
 class Story:
@@ -352,6 +359,14 @@ def test_a_vm_that_is_not_known_leaves_it_undecided() -> None:
     assert counts(found, "raise_without_kick") == (1, 0, 1)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_kprobe_can_be_left_out_of_an_interrupt(half: int) -> None:
+    plan = KPROBE_PLAN[half * len(PLAN) :][: len(PLAN)]
+    assert counts(judged(Story().shows_kicks().entry().exit(NMI).later(), plan=plan), "raise_without_kick") == (1, 0, 1)
+    story = Story().shows_kicks().entry().exit(SCAN).later()
+    assert counts(judged(story, plan=plan), "raise_without_kick") == (1, 1, 0)
+
+
 # --- starved --------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +464,22 @@ def test_nothing_is_checked_in_detail_boundary() -> None:
     found = judged(Story().entry().exit(MMU_SYNC).entry(MMU_SYNC), detail="boundary")
     assert set(found.rules["unchecked"]) == {"recorded with detail boundary"}
     assert not found.rules["checked"].any() and not len(found.breaks)
+
+
+def test_each_rule_says_which_hook_it_lacks() -> None:
+    def why(*lacking: str) -> dict[str, str]:
+        plan = [line for line in PLAN if not line["hook"].endswith(lacking)]
+        return {row["rule"]: row["unchecked"] for row in judged(Story(), plan=plan).rules.to_dict("records")}
+
+    assert not any(why("nothing").values())
+    assert {rule for rule, text in why("kvm_vcpu_wakeup").items() if text} == {"starved"}
+    kicks = {"wait_returned_early", "raise_without_kick", "service_order"}
+    assert {rule for rule, text in why("kvm_vcpu_kick").items() if text} == kicks
+    assert {rule for rule, text in why("kvm_entry").items() if text} == {
+        "entered_with_request", "wait_returned_early", "raise_without_kick",
+    }  # fmt: skip
+    traced = [{**line, "hook": line["hook"].replace("raw_tracepoint:", "trace_event:kvm:")} for line in PLAN]
+    assert not judged(Story(), plan=traced).rules["unchecked"].any()
 
 
 def test_an_empty_recording_has_every_rule_and_no_break() -> None:

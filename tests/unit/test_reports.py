@@ -121,7 +121,9 @@ META: Mapping[str, Any] = {
 
 def entered() -> Ordered:
     """Return what the rules of ordering say of a vCPU that entered the guest with a request pending."""
-    rules = Ordering({11: "mmu_sync"}, {}, (), "full")
+    rules = Ordering(
+        {11: "mmu_sync"}, {}, [{"hook": "raw_tracepoint:kvm_entry"}, {"hook": "raw_tracepoint:kvm_exit"}], "full"
+    )
     for seq, (kind, before, word) in enumerate(
         ((Kind.VCPU_NEW, 0, 0), (Kind.RUN_ENTER, 0, 1), (Kind.GUEST_ENTRY, 1, 1)), start=1
     ):
