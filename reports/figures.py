@@ -391,7 +391,7 @@ def _draw_curves_in_lanes(waits: pd.DataFrame, axes: Axes) -> Axes:
         handles=[
             Line2D([], [], color=_BLUE, linestyle="--", label="had ended, at most"),
             Line2D([], [], color=_BLUE, linestyle="-", label="had ended, at least"),
-            Patch(facecolor=_SKY, alpha=0.45, label="the truth; a lane is 0 to 100 %"),
+            Patch(facecolor=_SKY, alpha=0.45, label="the true share is in here; a lane is 0 to 100 %"),
         ],
         **_ABOVE_AXES,
     )
@@ -649,19 +649,7 @@ def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:
         if track == _KICK:
             _draw_kicks(axes, place[track], left[own].astype(float), rows["name"][own].tolist())
             continue
-        colour, hatch = _DOING.get(track, (_BLUE, ""))
-        # A short one is still seen: a hairline is as wide as its edge.
-        axes.barh(
-            np.full(int(own.sum()), place[track]),
-            right[own] - left[own],
-            left=left[own],
-            height=0.56 if track in _DOING else 0.4,
-            facecolor=colour,
-            hatch=hatch,
-            edgecolor=_INK,
-            linewidth=0.6,
-            zorder=2,
-        )
+        _draw_bars(axes, place[track], left[own], right[own], _DOING.get(track))
     at = [place.get(each, len(lanes) - 1) for each in breaks["request"]]
     when = np.clip(breaks["time_ns"].to_numpy(dtype=np.int64), begin, end) - begin
     for time, lane, rule in zip(when.tolist(), at, breaks["rule"].tolist(), strict=True):
@@ -705,6 +693,24 @@ def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:
     if handles:
         axes.legend(handles=handles, **_ABOVE_AXES)
     return axes
+
+
+# Bars of a lane: of what the vCPU does, or of a request. One that is too narrow for its outline is a stroke of its
+# colour, so that many of them do not become a block of ink.
+def _draw_bars(axes: Axes, place: int, left: NDArray[Any], right: NDArray[Any], look: tuple[str, str] | None) -> None:
+    colour, hatch = look or (_BLUE, "")
+    height = 0.4 if look is None else 0.56
+    narrow = _pixels(axes, right.astype(float)) - _pixels(axes, left.astype(float)) < _CLOSE
+    stroke = _FAINT if colour in ("white", _PENDING) else colour
+    looks: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (narrow, {"facecolor": stroke, "edgecolor": stroke, "linewidth": 1.0}),
+        (~narrow, {"facecolor": colour, "hatch": hatch, "edgecolor": _INK, "linewidth": 0.6}),
+    )
+    for chosen, style in looks:
+        if chosen.any():
+            many = np.full(int(chosen.sum()), place)
+            widths = right[chosen] - left[chosen]
+            axes.barh(many, widths, left=left[chosen], height=height, zorder=2, **style)
 
 
 _BREAK = _Mark("", "X", _VERMILION, size=10)

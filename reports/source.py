@@ -120,6 +120,7 @@ class Source:
         """Return latencies by request and by where the vCPU was; empty if that divides nothing."""
         lifecycles = self.judgement.lifecycles
         table = latency.by_state(lifecycles if self._many else lifecycles.iloc[:0])
+        table = table[table["count"] > 0]
         return table if table["raised_in"].nunique() > 1 else table.iloc[:0]
 
     @property
@@ -176,6 +177,8 @@ class Source:
         rows = self._timeline(number, begin_ns, end_ns)
         if rows.empty:
             return None
+        # A margin in which nothing is known is not shown.
+        begin_ns, end_ns = max(begin_ns, int(rows["begin_ns"].min())), min(end_ns, int(rows["end_ns"].max()))
         inside = (breaks["vcpu_number"] == number) & breaks["time_ns"].between(begin_ns, end_ns)
         return Timeline(title, f"{self.clock.when(begin_ns)} UTC", rows, breaks[inside], begin_ns, end_ns)
 

@@ -153,7 +153,7 @@ def _one_by_one(source: Source, title: str, *, alone: bool) -> Iterator[str]:
         Column("guest", least=8),
         Column("vCPU", right=True),
         *([] if alone else [Column("request", least=8)]),
-        Column("raised by", least=7),
+        Column("raised by" if alone else "by", least=7),
         Column("exits", right=True),
         Column("saves", right=True),
         Column("blind", right=True),

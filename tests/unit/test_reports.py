@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from analysis.latency import bounds
 from analysis.ordering import RULES, Ordered, Ordering
@@ -1017,6 +1018,19 @@ def test_a_timeline_has_lanes_kicks_and_breaks() -> None:
     none = timeline().breaks.iloc[:0]
     save(figures.draw_timeline(timeline(breaks=none), axes()))
     save(figures.draw_timeline(timeline(rows=timeline().rows.iloc[:0]), axes()))
+
+
+def test_many_narrow_bars_are_strokes_of_their_colour() -> None:
+    """Not a block of ink: outlines and hatches are for bars that have room for them."""
+    rows = [("guest", "guest", START_NS + at * 1_000_000, START_NS + at * 1_000_000 + 9) for at in range(500)]
+    rows.append(("guest", "guest", START_NS + 500_000_000, START_NS + 900_000_000))
+    table = pd.DataFrame(rows, columns=["track", "name", "begin_ns", "end_ns"])
+    drawn = figures.draw_timeline(timeline(rows=table, end_ns=START_NS + 900_000_000), axes())
+    bars: list[Any] = [patch for patch in drawn.patches if isinstance(patch, Rectangle)]
+    assert len(bars) == 501
+    outlined = [bar for bar in bars if bar.get_edgecolor() != bar.get_facecolor()]
+    assert [bar.get_width() for bar in outlined] == [400_000_000]
+    save(drawn)
 
 
 def test_kicks_that_are_close_share_their_words() -> None:
