@@ -43,6 +43,7 @@ _IOCTLS = {
     0x4008AE89: "set_msrs",
     0x4080AEBF: "set_nested_state",
     0x4004AE99: "set_mp_state",
+    0x4004AE86: "interrupt",
     0xAE9A: "nmi",
     0xAEB7: "smi",
 }
@@ -249,10 +250,25 @@ def gap_story(lost: int, begin_ns: int, end_ns: int) -> str:
     return f"{events} of this vCPU {were} lost between {_seconds(begin_ns)} and {_seconds(end_ns)}"
 
 
+class _Words(NamedTuple):
+    """The rows that have a watched request at all, with the three readings of the word."""
+
+    rows: Array
+    known: Array
+    before: Array
+    now: Array
+
+    @classmethod
+    def of(cls, rows: Array, known: Array, before: Array, now: Array) -> _Words:
+        """Return these rows out of all of them."""
+        if len(rows) == len(now):
+            return cls(rows, known, before, now)
+        return cls(rows, known[rows], before[rows], now[rows])
+
+
 class _Known(NamedTuple):
     """What was known before each row: the previous event of its vCPU, and what is missing since then."""
 
-    word: Array
     time_ns: Array
     kind: Array
     gap: Array
@@ -577,11 +593,13 @@ class Lifecycles:
             rows.before, rows.since_ns = rows.before.copy(), rows.since_ns.copy()
             rows.before[again], rows.since_ns[again] = rows.requests[again], rows.time_ns[again]
 
-        known_rows = _Known(last_word, last_ns, last_kind, gap, missing, cut)
+        known_rows = _Known(last_ns, last_kind, gap, missing, cut)
         kicked, tail = self._next_rows(_kicks_of(rows.kicks, self._mask), rows, first, group)
-        used = int(np.bitwise_or.reduce(last_word | rows.before | rows.requests))
+        watched = (last_word | rows.before | rows.requests) & self._mask
+        used = int(np.bitwise_or.reduce(watched))
+        words = _Words.of(np.flatnonzero(watched), last_word, rows.before, rows.requests)
         tables = [
-            self._request(bit, name, rows, first, group, initial, who, whose, known_rows, kicked, blind)
+            self._request(bit, name, rows, words, first, group, initial, who, whose, known_rows, kicked, blind)
             for bit, name in self._names.items()
             if used >> bit & 1
         ]
@@ -705,6 +723,7 @@ class Lifecycles:
         bit: int,
         name: str,
         rows: _Rows,
+        words: _Words,
         first: Array,
         group: Array,
         initial: Array,
@@ -715,15 +734,17 @@ class Lifecycles:
         blind: bool,
     ) -> tuple[pd.DataFrame, Array]:
         mask = np.uint64(1 << bit)
-        was_known = (known.word & mask) != 0
-        before = (rows.before & mask) != 0
-        now = (rows.requests & mask) != 0
-        touched = np.flatnonzero(was_known | before | now)
-        if not len(touched):
+        was_known = (words.known & mask) != 0
+        before = (words.before & mask) != 0
+        now = (words.now & mask) != 0
+        mine = np.flatnonzero(was_known | before | now)
+        if not len(mine):
             return empty_lifecycles(), np.empty(0, _OPEN)
+        touched = words.rows[mine]
         # In detail boundary nearly every row has the request: no copies then.
-        pick: Any = touched if len(touched) < len(now) else slice(None)
-        was_known, before, now = was_known[pick], before[pick], now[pick]
+        pick: Any = touched if len(touched) < len(rows.vcpu) else slice(None)
+        if len(mine) < len(now):
+            was_known, before, now = was_known[mine], before[mine], now[mine]
         group, gap, missing, cut = group[pick], known.gap[pick], known.missing[pick], known.cut[pick]
         last_ns, last_kind = known.time_ns[pick], known.kind[pick]
         kind, flags, detail = rows.kind[pick], rows.flags[pick], rows.detail[pick]
@@ -755,7 +776,7 @@ class Lifecycles:
         at = now_in[begun]
         seen = ~unseen_start[begun]
         fresh = (kind[begun] == Kind.VCPU_NEW) & ((flags[begun] & Flag.CREATED) == 0)
-        by: Array = np.where(seen & ~fresh, _raised_by(kind[begun], low[begun]), _RAISER["unknown"])
+        by: Array = np.where(seen & ~fresh, _raised_by(bit, kind[begun], low[begun]), _RAISER["unknown"])
         one["by"][at] = by
         one["raised_after_ns"][at] = np.where(seen, np.where(fresh, 0, since_ns[begun]), last_ns[begun])
         one["raised_ns"][at] = np.where(seen, time_ns[begun], since_ns[begun])
@@ -946,12 +967,14 @@ def _losses(loss: Loss, numbers: Array) -> Array:
     return np.array([loss.vcpus[number].count if number in loss.vcpus else 0 for number in numbers.tolist()], np.int64)
 
 
-def _raised_by(kind: Array, low: Array) -> Array:
+def _raised_by(bit: int, kind: Array, low: Array) -> Array:
+    # What a function after which the word is read can raise is a triple fault: of others it says nothing.
+    sites = _SITES if bit == TRIPLE_FAULT else {}
     by = np.full(len(kind), _RAISER["remote"], "i1")
     by[(kind == Kind.RUN_EXIT) | (kind == Kind.GUEST_ENTRY) | (kind == Kind.GUEST_EXIT)] = _RAISER["kvm_run"]
     by[kind == Kind.RESTORE] = _RAISER["set_vcpu_events"]
     by[kind == Kind.VCPU_NEW] = _RAISER["ioctl"]  # KVM_CREATE_VCPU: of one that is not created nobody knows
-    for what, default, names in ((Kind.IOCTL_EXIT, "ioctl", _IOCTLS), (Kind.SITE, "kvm_run", _SITES)):
+    for what, default, names in ((Kind.IOCTL_EXIT, "ioctl", _IOCTLS), (Kind.SITE, "kvm_run", sites)):
         at = np.flatnonzero(kind == what)
         by[at] = _RAISER[default]
         for number, name in names.items() if len(at) else ():

@@ -21,6 +21,7 @@ _IOCTLS = {
     0x4008AE89: "set_msrs",
     0x4080AEBF: "set_nested_state",
     0x4004AE99: "set_mp_state",
+    0x4004AE86: "interrupt",
     0xAE9A: "nmi",
     0xAEB7: "smi",
 }
@@ -239,7 +240,7 @@ class Oracle:
         if not before and now:
             attached = event.kind == Kind.VCPU_NEW and not event.flags & Flag.CREATED
             vcpu.pending[bit] = Pending(
-                "unknown" if attached else _raiser(event), 0 if attached else event.since_ns, event.time_ns
+                "unknown" if attached else _raiser(bit, event), 0 if attached else event.since_ns, event.time_ns
             )
             if not attached:
                 contiguous = not hole and event.since_ns == vcpu.last_ns
@@ -395,7 +396,7 @@ def _payloads(request: Pending, event: Event, before: bool) -> None:
             request.set_since_reset = True
 
 
-def _raiser(event: Event) -> str:
+def _raiser(bit: int, event: Event) -> str:
     if event.kind == Kind.RESTORE:
         return "set_vcpu_events"
     if event.kind == Kind.VCPU_NEW:
@@ -403,7 +404,7 @@ def _raiser(event: Event) -> str:
     if event.kind == Kind.IOCTL_EXIT:
         return _IOCTLS.get(event.low, "ioctl")
     if event.kind == Kind.SITE:
-        return _SITES.get(Site(event.low), "kvm_run")
+        return _SITES.get(Site(event.low), "kvm_run") if bit == 10 else "kvm_run"
     return "kvm_run" if event.kind in (Kind.RUN_EXIT, Kind.GUEST_ENTRY, Kind.GUEST_EXIT) else "remote"
 
 
