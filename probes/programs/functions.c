@@ -171,22 +171,28 @@ PROGRAM on_kvm_arch_vcpu_create(CONTEXT *ctx)
 /* void kvm_arch_vcpu_destroy(struct kvm_vcpu *vcpu): in whichever task drops the last reference */
 PROGRAM on_kvm_arch_vcpu_destroy(CONTEXT *ctx)
 {
-	u64 vcpu = ARGUMENT(1);
+	u64 vcpu = ARGUMENT(1), kvm = read_u64(vcpu + OFFSET_KVM);
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
+	struct vm_state *vm;
 
 	if (!state)
 		state = begin_vcpu(vcpu, 0);
 	if (state)
 		end_vcpu(state, vcpu, END_DESTROYED);
+	vm = vms.lookup(&kvm);
+	if (vm && vm->ends)
+		vms.delete(&kvm);
 	return 0;
 }
 
-/* void kvm_destroy_vm(struct kvm *kvm) */
+/* void kvm_destroy_vm(struct kvm *kvm): its vCPUs may still get requests, until they are destroyed, too */
 PROGRAM on_kvm_destroy_vm(CONTEXT *ctx)
 {
 	u64 kvm = ARGUMENT(1);
+	struct vm_state *vm = vms.lookup(&kvm);
 
-	vms.delete(&kvm);
+	if (vm)
+		vm->ends = 1;
 #if FULL
 	forget_vcpus_of(kvm);
 #endif

@@ -222,7 +222,12 @@ PROGRAM after_kvm_make_all_cpus_request_except(CONTEXT *ctx)
 PROGRAM on_kvm_make_vcpus_request_mask(CONTEXT *ctx)
 {
 #if !defined(MASK_ARGUMENTS)
-	u64 bitmap = ARGUMENT(3) ? ARGUMENT(3) : ARGUMENT(4);	/* no BTF tells: the older ones give no exception */
+	/* No BTF tells: the older ones give no exception. The verifier wants both read before one is chosen. */
+	u64 bitmap = ARGUMENT(3), other = ARGUMENT(4);
+
+	asm volatile("" : "+r"(bitmap), "+r"(other));
+	if (!bitmap)
+		bitmap = other;
 #elif MASK_ARGUMENTS == 3
 	u64 bitmap = ARGUMENT(3);
 #else

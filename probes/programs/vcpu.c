@@ -95,6 +95,7 @@ struct in_ioctl {
 struct vm_state {
 	u32 number;
 	u32 pid;
+	u32 ends;		/* KVM destroys it: the next VM at this address is another one */
 };
 
 struct vcpu_loss {
@@ -347,7 +348,7 @@ static inline u32 vm_number(u64 kvm, u32 pid)
 {
 	struct vm_state *known = vms.lookup(&kvm), new = { .pid = pid };
 
-	if (known && known->pid == pid)
+	if (known && known->pid == pid && !known->ends)
 		return known->number;
 	new.number = new_number();
 	if (vms.update(&kvm, &new))
