@@ -46,7 +46,7 @@ def of_boot(folder: Path) -> dict[str, Any]:
     kept = ("release", "build", "python", "bcc", "headers", "kvm_has_btf", "complete")
     results = {key: told[key] for key in kept}
     results["engines"] = [_of_engine(folder, told, engine) for engine in told["engines"]]
-    results["counts"] = [_of_counts(one) for one in told.get("counts", ())]
+    results["counts"] = [of_counts(one) for one in told.get("counts", ())]
     if "together" in told:
         results["together"] = _of_both(folder, told["together"])
     if "full" in told:
@@ -54,7 +54,7 @@ def of_boot(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _of_counts(told: Mapping[str, Any]) -> dict[str, Any]:
+def of_counts(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many exits, entries, kicks and so on an engine counted, and in what that differs from tracefs."""
     differences = [f"{what}: {differ}" for what, differ in told.items() if what.endswith("_differ") and differ]
     if not told["same"] and not differences:

@@ -146,6 +146,25 @@ def test_headers_and_an_early_end_are_failures() -> None:
     assert len(failures) == 2
 
 
+def test_counts_that_differ_from_those_of_tracefs_are_failures() -> None:
+    """Each difference is told; a comparison of nothing is none."""
+    told = {
+        "what": "full",
+        "engine": "kprobe",
+        "kicks": 23,
+        "kicks_differ": [],
+        "user": {"KVM_EXIT_IO": 5},
+        "same": True,
+    }
+    same = verdicts.of_counts(told)
+    assert same["counted"] == {"kicks": 23, "user": 5}
+    assert verdicts.failures("6.1", {**boot(), "counts": [same]}, {}) == []
+    differ = verdicts.of_counts({**told, "kicks_differ": [{"of": [7], "kvmreq": 22, "tracefs": 23}], "same": False})
+    nothing = verdicts.of_counts({"what": "stat", "engine": "kprobe", "user": {}, "same": False})
+    words = [str(one) for one in verdicts.failures("6.1", {**boot(), "counts": [differ, nothing]}, {})]
+    assert ["'kvmreq': 22" in words[0], "nothing was counted" in words[1], len(words)] == [True, True, 2]
+
+
 def test_what_a_restricted_run_leaves_out_is_said() -> None:
     """A run of everything leaves nothing out."""
     whole = suite.parse([])
