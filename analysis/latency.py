@@ -153,7 +153,11 @@ def _known(lifecycles: pd.DataFrame) -> Array:
     ended = lifecycles["ended_ns"].to_numpy() >= 0
     # Requests that a vCPU is created with have a raiser, but no earliest moment.
     seen = (lifecycles["raised_by"] != "unknown").to_numpy(bool) & (lifecycles["raised_after_ns"].to_numpy() > 0)
-    known: Array = ended & seen
+    raised_after, raised, ended_after, end = (
+        lifecycles[name].to_numpy() for name in ("raised_after_ns", "raised_ns", "ended_after_ns", "ended_ns")
+    )
+    # A clock that ran backwards bounds nothing.
+    known: Array = ended & seen & (raised_after <= raised) & (ended_after <= end)
     return known
 
 

@@ -608,8 +608,8 @@ _DOING: Mapping[str, tuple[str, str]] = {
 _KICK = "kick"
 # Kicks whose requester is written beside the mark; of more there is no room for words.
 _TOLD_KICKS = 24
-# The part of the axis that the words beside a kick take.
-_KICK_WORDS = 0.16
+# The part of the axis that the words beside a kick take, and their letters.
+_KICK_WORDS, _KICK_LETTERS = 0.22, 32
 
 
 class Timeline(NamedTuple):
@@ -730,13 +730,19 @@ def _draw_kicks(axes: Axes, place: int, times: NDArray[np.float64], names: Seque
             groups[-1].append(kick)
         else:
             groups.append([kick])
+    free = -np.inf
     for group in groups:
         who = list(dict.fromkeys(name for _, name in group))
         words = who[0] if len(who) == 1 else f"{who[0]} and others"
-        before = group[-1][0] + right * _KICK_WORDS > right
+        first, last = group[0][0], group[-1][0]
+        before = last + right * _KICK_WORDS > right
+        # Where there is no room on either side the table alone tells.
+        if before and first - right * _KICK_WORDS < free:
+            continue
+        free = last + right * _KICK_WORDS
         axes.annotate(
-            words if len(group) == 1 else f"{len(group)} by {words}",
-            (group[0][0] if before else group[-1][0], place),
+            clip(words if len(group) == 1 else f"{len(group)} by {words}", _KICK_LETTERS),
+            (first if before else last, place),
             (-6 if before else 6, 0),
             textcoords="offset points",
             ha="right" if before else "left",

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import latency
@@ -97,12 +97,14 @@ def plain(frame: pd.DataFrame) -> list[Row]:
     ]
 
 
+@settings(deadline=None)
 @given(LIFECYCLES)
 def test_bounds(drawn: list[Row]) -> None:
     rows = [lifecycle(each) for each in drawn]
     assert plain(latency.bounds(table(rows))) == [{name: row[name] for name in latency.BOUNDS} for row in known(rows)]
 
 
+@settings(deadline=None)
 @given(LIFECYCLES, st.lists(st.sampled_from(latency.KEYS), min_size=1, unique=True))
 def test_summary(drawn: list[Row], by: list[str]) -> None:
     rows = [lifecycle(each) for each in drawn]
@@ -115,6 +117,7 @@ def test_summary(drawn: list[Row], by: list[str]) -> None:
     assert plain(latency.summary(table(rows), by)) == wanted
 
 
+@settings(deadline=None)
 @given(LIFECYCLES)
 def test_by_state(drawn: list[Row]) -> None:
     rows = [lifecycle(each) for each in drawn]
@@ -133,6 +136,7 @@ def part_of(time_ns: int, rows: Sequence[Row], parts: int) -> tuple[int, int]:
     return next((low, high) for low, high in pairwise(edges) if low <= time_ns < high)
 
 
+@settings(deadline=None)
 @given(LIFECYCLES, st.integers(1, 9))
 def test_series(drawn: list[Row], parts: int) -> None:
     rows = known([lifecycle(each) for each in drawn])
@@ -152,6 +156,7 @@ def test_series(drawn: list[Row], parts: int) -> None:
         assert own[-1]["end_ns"] == max(row["raised_ns"] for row in rows) + 1
 
 
+@settings(deadline=None)
 @given(LIFECYCLES, st.integers(1, 9))
 def test_heat(drawn: list[Row], parts: int) -> None:
     rows = known([lifecycle(each) for each in drawn])

@@ -1033,6 +1033,14 @@ def test_many_narrow_bars_are_strokes_of_their_colour() -> None:
     save(drawn)
 
 
+def test_a_clock_that_ran_backwards_bounds_no_latency() -> None:
+    """Such a recording is counted among what is not known, and no interval ends before it begins."""
+    wrong = lifecycle(1, "serviced", ended_ns=START_NS + 1_000_000_000 + 8_000_000)
+    found = source(judgement([wrong, lifecycle(2)]))
+    assert found.unknown_latencies == 1
+    assert (found.waits["lower_ns"] <= found.waits["upper_ns"]).all()
+
+
 def test_kicks_that_are_close_share_their_words() -> None:
     """Of very many there are marks alone."""
     kicks = pd.DataFrame(
