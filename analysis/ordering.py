@@ -737,8 +737,7 @@ class Ordering:
         state, known = self._state(number)
         slept = int(state["slept_ns"]) if known else 0
         if batch is not None:
-            wakes = np.flatnonzero((batch.kind == Kind.WAKEUP) & (batch.vcpu == number))
-            times = batch.time_ns[wakes[column(batch.events, "detail")[wakes] == 1]]
+            times = batch.time_ns[batch.sleeps[batch.vcpu[batch.sleeps] == number]]
             times = times[times <= until_ns]
             slept = max(slept, int(times.max())) if len(times) else slept
         return slept
@@ -757,9 +756,8 @@ class Ordering:
         state["time_ns"][slot] = batch.time_ns[last]
         unnamed = ~state["named"][slot]
         state["pid"][slot[unnamed]] = column(events, "pid")[last[unnamed]]
-        wakes = np.flatnonzero(batch.kind == Kind.WAKEUP)
-        wakes = wakes[column(events, "detail")[wakes] == 1] if len(wakes) else wakes
-        state["slept_ns"][np.searchsorted(state["number"], batch.vcpu[wakes])] = batch.time_ns[wakes]
+        slept = np.searchsorted(state["number"], batch.vcpu[batch.sleeps])
+        state["slept_ns"][slept] = batch.time_ns[batch.sleeps]
         if self._kicked:
             self._carry_kicks(batch)
         ended = np.zeros(len(state), bool)
@@ -1008,6 +1006,8 @@ class _Batch:
         np.not_equal(numbers[1:], numbers[:-1], out=starts[1:])
         self.starts, self.first = starts, np.flatnonzero(starts)
         self.numbers = numbers[self.first]
+        wakes = np.flatnonzero(self.kind == Kind.WAKEUP)
+        self.sleeps = wakes[column(events, "detail")[wakes] == 1]  # rows that end a sleep
         self.kicks = np.flatnonzero(self.kind == Kind.KICK)
         self.asks = np.flatnonzero((self.kind == Kind.REQUEST_ALL) | (self.kind == Kind.REQUEST_ALL_END))
         self.asked_bits = (column(events, "arg")[self.asks] & np.uint64(REQUEST_MASK)).astype(np.int64)
