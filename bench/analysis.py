@@ -1,8 +1,10 @@
 """How fast lifecycles are told from events, on one core, and in how much memory.
 
-    .venv/bin/python -m bench.analysis [EVENTS]
+    .venv/bin/python -m bench.analysis [EVENTS]             every stream, through the core alone
+    .venv/bin/python -m bench.analysis write DIR [EVENTS]   a recording of what busy guests do, detail full
+    .venv/bin/python -m bench.analysis judge DIR            what a report does with a recording before it prints it
 
-Each stream runs in a process of its own, so that its peak memory is its own.
+Each stream is judged in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.judge import judge
 from analysis.lifecycle import Lifecycles
-from probes.schema import EVENT, Flag, Kind, Site
+from bench import busy
+from probes import requests
+from probes.schema import EVENT, SCHEMA_VERSION, Flag, Kind, Site
+from tracer.loss import Loss
+from tracer.recording import Recording, Writer
 
 BATCH = 1_000_000
 VCPUS = 5_000
@@ -61,6 +69,12 @@ def many(events: int) -> Iterator[Any]:
 
 
 STREAMS = {"one pending vCPU": pending, "5,000 vCPUs": many}
+EVENTS = 10_000_000
+
+
+def _told(name: str, events: int, ended: int, spent_s: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{name:<18}{events:>12,}{ended:>12,}{spent_s:>9.2f}{events / spent_s / 1e6:>12.2f}{peak:>10.0f}", flush=True)
 
 
 def measure(name: str, events: int) -> None:
@@ -71,19 +85,57 @@ def measure(name: str, events: int) -> None:
         begin = time.process_time()
         ended += len(core.feed(batch).lifecycles)
         spent += time.process_time() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{name:<18}{events:>12,}{ended:>12,}{spent:>9.2f}{events / spent / 1e6:>12.2f}{peak:>10.0f}", flush=True)
+    _told(name, events, ended, spent)
+
+
+def write(path: Path, events: int) -> int:
+    """Record what busy guests do, all requests watched; return the bytes of the segments."""
+    table = requests.names(busy.RELEASE)
+    by_bit = requests.selected(["all"], table)
+    meta = {
+        "schema": SCHEMA_VERSION,
+        "host": "made up",
+        "kernel": busy.RELEASE,
+        "engine": "kprobe",
+        "detail": "full",
+        "requests": list(by_bit.values()),
+        "requests_by_bit": {str(bit): name for bit, name in by_bit.items()},
+        "plan": [],
+        "clock": {},
+        "started_ns": 0,
+        "ended_ns": None,
+    }
+    writer = Writer(path, meta)
+    for batch in busy.busy(events):
+        until = int(batch["time_ns"].max())
+        writer.segment(batch, Loss(), until)
+        writer.update(ended_ns=until, segments=writer.segments)
+    return writer.bytes
+
+
+def measure_recording(path: Path) -> None:
+    """Print the same of the way from segments on disk to a judgement, the CPU time of all its threads."""
+    begin = time.process_time()
+    judgement = judge(Recording.open(path))
+    _told("full, from disk", judgement.events, len(judgement.lifecycles), time.process_time() - begin)
 
 
 def main() -> None:
-    """Measure every stream."""
-    events = sys.argv[1] if len(sys.argv) > 1 else "10000000"
-    if len(sys.argv) > 2:
-        measure(sys.argv[2], int(events))
-        return
-    print(f"{'stream':<18}{'events':>12}{'lifecycles':>12}{'s':>9}{'M events/s':>12}{'peak MiB':>10}", flush=True)
-    for name in STREAMS:
-        subprocess.run([sys.executable, "-m", "bench.analysis", events, name], check=True)
+    """Measure every stream, or do one step."""
+    match sys.argv[1:]:
+        case ["write", path, *rest]:
+            write(Path(path), int(rest[0]) if rest else EVENTS)
+        case ["judge", path]:
+            measure_recording(Path(path))
+        case [events, name]:
+            measure(name, int(events))
+        case words:
+            print(
+                f"{'stream':<18}{'events':>12}{'lifecycles':>12}{'s':>9}{'M events/s':>12}{'peak MiB':>10}", flush=True
+            )
+            for name in STREAMS:
+                own = [sys.executable, "-m", "bench.analysis", words[0] if words else str(EVENTS), name]
+                subprocess.run(own, check=True)
 
 
 if __name__ == "__main__":

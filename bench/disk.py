@@ -1,4 +1,4 @@
-"""How many bytes an event has on disk: in a live recording, and in recordings of the streams of bench.analysis."""
+"""How many bytes an event has on disk: in a live recording, and in recordings of made-up streams."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.analysis import STREAMS
+from bench.busy import busy
 from bench.command import ROOT
 from bench.table import Figure
 from tracer.loss import Loss
@@ -39,7 +40,7 @@ def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as scratch:
         events, size = _live(Path(scratch) / "live")
         yield Figure("disk", f"a pending guest, live: {events:,} events", size / events, "B/event", _BOUND)
-        for name, stream in STREAMS.items():
+        for name, stream in {**STREAMS, "detail full": busy}.items():
             path = Path(scratch) / name.replace(" ", "-")
             writer = Writer(path, {})
             written = 0
