@@ -10,6 +10,7 @@ from bench.table import heading
 
 _PARTS = {
     "overhead": "bench.overhead",
+    "tools": "bench.tools",
     "drain": "bench.drain",
     "analysis": "bench.judging",
     "disk": "bench.disk",

@@ -32,11 +32,11 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def recording(path: Path) -> Iterator[Live]:
+def recording(path: Path, *words: str) -> Iterator[Live]:
     """Record into ``path`` meanwhile; the body runs once the command says that it records."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvmreq", "record", "-o", str(path)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "kvmreq", "record", "-o", str(path), *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stderr is not None
     said: list[str] = []

@@ -4,8 +4,9 @@
  *	exit_loop ROUNDS EXITS
  *
  * Prints, for each round, the nanoseconds of one KVM_RUN round trip (the mean over EXITS of them): as they
- * pass, and as this thread has a CPU, which does not depend on what else runs. The first line tells the pid, so that a tracer can be pointed at it; a round begins when a line is read
- * from standard input, so that untraced and traced rounds can alternate in one process.
+ * pass, and as this thread has a CPU, which does not depend on what else runs. The first line tells the pid, so that
+ * a tracer can be pointed at it; a round begins when a line is read from standard input, so that untraced and traced
+ * rounds can alternate in one process. The line can tell another number of exits for its round.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -72,9 +73,10 @@ int main(int argc, char **argv)
 	printf("%d\n", getpid());
 	fflush(stdout);
 	for (long round = 0; round < rounds && fgets(line, sizeof(line), stdin); round++) {
+		long asked = atol(line), times = asked > 0 ? asked : exits;
 		double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
 
-		for (long i = 0; i < exits; i++) {
+		for (long i = 0; i < times; i++) {
 			checked(ioctl(vcpu, KVM_RUN, 0), "KVM_RUN");
 			if (run->exit_reason != KVM_EXIT_IO) {
 				fprintf(stderr, "exit reason %u instead of KVM_EXIT_IO\n", run->exit_reason);
@@ -83,7 +85,7 @@ int main(int argc, char **argv)
 		}
 		wall = now(CLOCK_MONOTONIC) - wall;
 		cpu = now(CLOCK_THREAD_CPUTIME_ID) - cpu;
-		printf("%.1f %.1f\n", wall / exits, cpu / exits);
+		printf("%.1f %.1f\n", wall / times, cpu / times);
 		fflush(stdout);
 	}
 	return 0;

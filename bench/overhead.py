@@ -19,12 +19,12 @@ from tracer.recorder import choose
 
 _ROUNDS = 9
 _EXITS = 200_000
-_Times = tuple[float, float]  # wall, CPU of the vCPU's thread
+Times = tuple[float, float]  # wall, CPU of the vCPU's thread
 _EMPTY = "int empty_{index}(void *ctx)\n{{\n\treturn 0;\n}}\n"
 
 
-class _Empty:
-    """Empty programs on every hook of a plan."""
+class Empty:
+    """Empty programs on every hook of a plan: the least that tracing there can cost."""
 
     def __init__(self, plan: Plan) -> None:
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
@@ -39,6 +39,8 @@ class _Empty:
             name = f"empty_{index}"
             if hook.via is Via.RAW_TRACEPOINT:
                 self._bpf.attach_raw_tracepoint(tp=hook.target, fn_name=name)
+            elif hook.via is Via.TRACEPOINT:
+                self._bpf.attach_tracepoint(tp=hook.target, fn_name=name)
             elif hook.via is Via.KPROBE:
                 self._bpf.attach_kprobe(event=hook.target, fn_name=name)
             else:
@@ -48,6 +50,8 @@ class _Empty:
         finally:
             for name in list(self._bpf.raw_tracepoint_fds):
                 self._bpf.detach_raw_tracepoint(tp=name)
+            for name in list(self._bpf.tracepoint_fds):
+                self._bpf.detach_tracepoint(tp=name)
             for name in list(self._bpf.kprobe_fds):
                 self._bpf.detach_kprobe_event(name)
 
@@ -55,7 +59,7 @@ class _Empty:
         self._bpf.cleanup()
 
 
-class _Guests:
+class Guests:
     """Guests that exit in a loop, each on a CPU of its own; the first one is measured."""
 
     def __init__(self, binary: Path, number: int, rounds: int, exits: int) -> None:
@@ -83,11 +87,16 @@ class _Guests:
             raise RuntimeError(f"exit_loop ended with status {process.wait()}")
         return line
 
-    def round(self) -> _Times:
-        """Run one round; return the nanoseconds of one KVM_RUN round trip of the first guest."""
+    @property
+    def pid(self) -> int:
+        """Return the process of the first guest."""
+        return self._processes[0].pid
+
+    def round(self, exits: int | None = None) -> Times:
+        """Run one round, of so many exits; return the nanoseconds of one KVM_RUN round trip of the first guest."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write("\n")
+            process.stdin.write(f"{exits or ''}\n")
             process.stdin.flush()
         first, *_ = [self._line(process).split() for process in self._processes]
         return float(first[0]), float(first[1])
@@ -98,26 +107,31 @@ class _Guests:
             process.communicate()
 
 
+def build(binary: Path) -> None:
+    """Compile the VMM of a guest that exits in a loop."""
+    subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).with_name("exit_loop.c")], check=True)
+
+
 def figures() -> Iterator[Figure]:
     """Yield the figures of one busy vCPU, and of one that has a second one beside it."""
-    empty = _Empty(choose("auto").plan)
+    empty = Empty(choose("auto").plan)
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as scratch:
         binary = Path(scratch) / "exit_loop"
-        subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).with_name("exit_loop.c")], check=True)
+        build(binary)
         for number in (1, 2):
             yield from _measure(Path(scratch), binary, empty, number)
     empty.close()
 
 
-def _measure(scratch: Path, binary: Path, empty: _Empty, number: int) -> Iterator[Figure]:
-    guests = _Guests(binary, number, 3 * _ROUNDS, _EXITS)
+def _measure(scratch: Path, binary: Path, empty: Empty, number: int) -> Iterator[Figure]:
+    guests = Guests(binary, number, 3 * _ROUNDS, _EXITS)
     taken = iter(range(_ROUNDS))
     ways: tuple[Callable[[], AbstractContextManager[object]], ...] = (
         nullcontext,
         empty.attached,
         lambda: recording(scratch / f"{number}-{next(taken)}"),
     )
-    rounds: list[list[_Times]] = []
+    rounds: list[list[Times]] = []
     try:
         for _ in range(_ROUNDS):
             times = []

@@ -30,6 +30,20 @@ class Figure:
         return f"{self.part:<9}{self.what:<53}{_number(self.value):>8} {self.unit:<8}{bound:<9}{verdict}".rstrip()
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What could not be measured, and why: no figure, and no bound missed."""
+
+    part: str
+    what: str
+    why: str
+    kept = None
+
+    def line(self) -> str:
+        """Return it as a line of the table."""
+        return f"{self.part:<9}{self.what:<53}{'-':>8} {self.why}"
+
+
 def heading() -> str:
     """Return the first line of the table."""
     return f"{'part':<9}{'figure':<53}{'measured':>8} {'':<8}{'bound':<9}"

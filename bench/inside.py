@@ -1,0 +1,28 @@
+"""The part ``tools`` in an emulated machine, for the tools that do not work on the kernel at hand.
+
+    python3 -m tests.matrix 6.1 -- python3 -m bench.inside
+
+There an exit is emulated, so that only the ratios beside one another say something. Imports no pandas.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from bench import tools
+from bench.table import heading
+
+_STARTS = 2
+_SCALE = 0.05
+
+
+def main() -> int:
+    """Print the table."""
+    print(heading(), flush=True)
+    for figure in tools.figures(_STARTS, _SCALE):
+        print(figure.line(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
