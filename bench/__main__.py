@@ -12,6 +12,7 @@ _PARTS = {
     "overhead": "bench.overhead",
     "tools": "bench.tools",
     "drain": "bench.drain",
+    "full": "bench.sustain",
     "analysis": "bench.judging",
     "disk": "bench.disk",
     "attach": "bench.attach",
