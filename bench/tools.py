@@ -290,8 +290,13 @@ class _Measured:
         self.unit = seen.unit
 
 
-def figures(starts: int = _STARTS, scale: float = 1.0) -> Iterator[Figure | Missing]:
-    """Yield for each tool its ratio, and what it saw. ``scale``: of the exits of a round, for slow machines."""
+def figures(
+    starts: int = _STARTS, scale: float = 1.0, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Figure | Missing]:
+    """Yield for each tool its ratio, and what it saw.
+
+    ``scale``: of the exits of a round, for slow machines; ``say``: is told of each tool before it starts.
+    """
     measured: dict[str, _Measured] = {}
     refused: dict[str, str] = {}
     _EMPTY.append(Empty(choose("auto").plan))
@@ -304,6 +309,7 @@ def figures(starts: int = _STARTS, scale: float = 1.0) -> Iterator[Figure | Miss
                 for way in _WAYS:
                     if way.name in refused:
                         continue
+                    say(way.name)
                     try:
                         if way.program is not None and not shutil.which(way.program):
                             raise NotHere(f"not here: apt install {way.package}")
