@@ -18,6 +18,12 @@ from probes.schema import EVENT, IN_GUEST_MODE, OUTSIDE_GUEST_MODE, REMOTE, REQU
 VMS = 32
 VCPUS = 8  # of each
 BATCH = 1_000_000
+#: What a recording of this says that it had hooks on, so that every rule of ordering is checked.
+HOOKS = (
+    *(f"raw_tracepoint:{name}" for name in ("kvm_entry", "kvm_exit", "kvm_vcpu_wakeup")),
+    *(f"kprobe:{name}" for name in ("kvm_vcpu_kick", "kvm_make_all_cpus_request", "kvm_make_vcpus_request_mask")),
+    *(f"kretprobe:{name}" for name in ("kvm_make_all_cpus_request", "kvm_make_vcpus_request_mask")),
+)
 #: The release whose requests the stream has.
 RELEASE = "6.12"
 _BITS = {name: bit for bit, name in names(RELEASE).by_bit.items()}
@@ -91,7 +97,10 @@ _EPISODES: tuple[tuple[int, tuple[_Step, ...]], ...] = (
             _BACK,
         ),
     ),
-    (1, (_Step(Kind.KICK, 0, _CLOCK, IN_GUEST_MODE, 20_000), _left(_INTERRUPT, _CLOCK, 1_500), _BACK)),
+    *(
+        (1, (_Step(Kind.KICK, 0, word, IN_GUEST_MODE, 20_000), _left(_INTERRUPT, word, 1_500), _BACK))
+        for word in (_CLOCK, _NMI)
+    ),
 )
 _BEGIN = (_Step(Kind.VCPU_NEW), _Step(Kind.RUN_ENTER), _BACK)
 
