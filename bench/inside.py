@@ -8,24 +8,20 @@ There an exit is emulated, so that only the ratios beside one another say someth
 from __future__ import annotations
 
 import sys
-import time
 
 from bench import tools
 from bench.table import heading
 
-_STARTS = 1
 _SCALE = 0.05
 
 
 def main() -> int:
-    """Print the table; on stderr how far it has come."""
+    """Print the table line by line, what takes longest last."""
     print(heading(), flush=True)
-
-    def say(name: str) -> None:
-        print(f"{time.monotonic():7.1f} {name}", file=sys.stderr, flush=True)
-
-    for figure in tools.figures(_STARTS, _SCALE, say):
-        print(figure.line(), flush=True)
+    ways = sorted(tools.WAYS, key=lambda way: (way.slow, way.program is None))
+    for way, known in tools.tries(ways, 1, _SCALE):
+        for line in tools.told(way, known):
+            print(line.line(), flush=True)
     return 0
 
 

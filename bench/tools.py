@@ -31,9 +31,9 @@ from tracer.recorder import choose
 _STARTS = 3  # of each tool
 _ROUNDS = 2  # while it is live, and as many without any tracer, half of them before and half after
 _EXITS = 50_000
-_EXITS_OF_SLOW = 5_000  # of a tool that takes some 100 us for each
+_EXITS_OF_SLOW = 5_000
 _POKE = 50  # exits of another guest, for a tool that says nothing before it has seen some
-_PATIENCE_S = 120  # for a tool to be live, or to end: seconds here, minutes in an emulated machine
+_PATIENCE_S = 180  # for a tool to be live, or to end: seconds here, minutes in an emulated machine
 _PRIVATE = ("unshare", "--mount")  # what a tool mounts goes with it
 _KVM_EXITS = ("kvm_exit", "kvm_entry", "kvm_userspace_exit")
 
@@ -253,26 +253,33 @@ _EMPTY: list[Empty] = []
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
+    """A tool, and how it is started: ``enter`` returns once it is live. ``program``: whether it is not kvmreq's own."""
+
     name: str
     enter: Callable[[Path, Guests], AbstractContextManager[Seen]]
     program: str | None = None
     package: str | None = None
-    exits: int = _EXITS
+    slow: bool = False  # takes some 100 us for each exit
+
+    @property
+    def exits(self) -> int:
+        """Return of how many exits a round is, traced by this."""
+        return _EXITS_OF_SLOW if self.slow else _EXITS
 
 
-_WAYS = (
-    _Way("empty programs on the hooks of record", _empty),
-    _Way("kvmreq record", _record()),
-    _Way("kvmreq record --requests all", _record("--requests", "all")),
-    _Way("kvmreq record --requests all --detail full", _record("--requests", "all", "--detail", "full")),
-    _Way("kvmreq stat", _stat),
-    _Way("bpftrace, counting what kvmreq stat does", _bpftrace, "bpftrace", "bpftrace"),
-    _Way("perf stat -e kvm:*", _perf_stat, "perf", "linux-perf"),
-    _Way("perf kvm stat record", _perf_kvm_stat, "perf", "linux-perf"),
-    _Way("perf trace -e kvm:*", _perf_trace, "perf", "linux-perf", _EXITS_OF_SLOW),
-    _Way("trace-cmd record -e kvm", _trace_cmd, "trace-cmd", "trace-cmd"),
-    _Way("kvmexit", _kvmexit, "kvmexit-bpfcc", "bpfcc-tools"),
+WAYS = (
+    Way("empty programs on the hooks of record", _empty),
+    Way("kvmreq record", _record()),
+    Way("kvmreq record --requests all", _record("--requests", "all")),
+    Way("kvmreq record --requests all --detail full", _record("--requests", "all", "--detail", "full")),
+    Way("kvmreq stat", _stat),
+    Way("bpftrace, counting what kvmreq stat does", _bpftrace, "bpftrace", "bpftrace"),
+    Way("perf stat -e kvm:*", _perf_stat, "perf", "linux-perf"),
+    Way("perf kvm stat record", _perf_kvm_stat, "perf", "linux-perf"),
+    Way("perf trace -e kvm:*", _perf_trace, "perf", "linux-perf", slow=True),
+    Way("trace-cmd record -e kvm", _trace_cmd, "trace-cmd", "trace-cmd"),
+    Way("kvmexit", _kvmexit, "kvmexit-bpfcc", "bpfcc-tools"),
 )
 
 
@@ -290,45 +297,52 @@ class _Measured:
         self.unit = seen.unit
 
 
-def figures(
-    starts: int = _STARTS, scale: float = 1.0, say: Callable[[str], None] = lambda _: None
-) -> Iterator[Figure | Missing]:
-    """Yield for each tool its ratio, and what it saw.
+def tries(ways: Sequence[Way], starts: int = _STARTS, scale: float = 1.0) -> Iterator[tuple[Way, _Measured | str]]:
+    """Start every tool so often, in turns; yield after each what is known of it by then, or why it does not work.
 
-    ``scale``: of the exits of a round, for slow machines; ``say``: is told of each tool before it starts.
+    ``scale``: of the exits of a round, for slow machines.
     """
-    measured: dict[str, _Measured] = {}
-    refused: dict[str, str] = {}
+    measured = {way.name: _Measured() for way in ways}
+    refused: set[str] = set()
     _EMPTY.append(Empty(choose("auto").plan))
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as directory:
         scratch = Path(directory)
         build(scratch / "exit_loop")
         guests = Guests(scratch / "exit_loop", 1, 1 << 30, int(_EXITS * scale))
         try:
-            for _ in range(starts):
-                for way in _WAYS:
-                    if way.name in refused:
-                        continue
-                    say(way.name)
-                    try:
-                        if way.program is not None and not shutil.which(way.program):
-                            raise NotHere(f"not here: apt install {way.package}")
-                        exits = int(way.exits * scale)
-                        untraced = [guests.round() for _ in range(_ROUNDS // 2)]
-                        with way.enter(scratch, guests) as seen:
-                            traced = [guests.round(exits) for _ in range(_ROUNDS)]
-                        untraced += [guests.round() for _ in range(_ROUNDS // 2)]
-                        measured.setdefault(way.name, _Measured()).add(traced, untraced, seen, exits * _ROUNDS)
-                    except NotHere as why:
-                        refused[way.name] = str(why)
+            for way in (way for _ in range(starts) for way in ways):
+                if way.name in refused:
+                    continue
+                try:
+                    if way.program is not None and not shutil.which(way.program):
+                        raise NotHere(f"not here: apt install {way.package}")
+                    exits = int(way.exits * scale)
+                    untraced = [guests.round() for _ in range(_ROUNDS // 2)]
+                    with way.enter(scratch, guests) as seen:
+                        traced = [guests.round(exits) for _ in range(_ROUNDS)]
+                    untraced += [guests.round() for _ in range(_ROUNDS // 2)]
+                except NotHere as why:
+                    refused.add(way.name)
+                    yield way, str(why)
+                else:
+                    measured[way.name].add(traced, untraced, seen, exits * _ROUNDS)
+                    yield way, measured[way.name]
         finally:
             guests.close()
             _EMPTY.pop().close()
-    for way in _WAYS:
-        if way.name in refused:
-            yield Missing("tools", way.name, refused[way.name])
-            continue
-        told = measured[way.name]
-        yield Figure("tools", f"{way.name} / untraced", statistics.median(told.wall), "x")
-        saw = f"{statistics.median(told.seen):.2f} {told.unit} an exit" if told.unit != "nothing" else "nothing"
-        yield Figure("tools", f"  CPU time of the vCPU; it saw {saw}", statistics.median(told.cpu), "x")
+
+
+def told(way: Way, known: _Measured | str) -> Iterator[Figure | Missing]:
+    """Yield what is known of a tool as lines of the table."""
+    if isinstance(known, str):
+        yield Missing("tools", way.name, known)
+        return
+    yield Figure("tools", f"{way.name} / untraced", statistics.median(known.wall), "x")
+    saw = f"{statistics.median(known.seen):.2f} {known.unit} an exit" if known.unit != "nothing" else "nothing"
+    yield Figure("tools", f"  CPU time of the vCPU; it saw {saw}", statistics.median(known.cpu), "x")
+
+
+def figures() -> Iterator[Figure | Missing]:
+    """Yield for each tool its ratio, and what it saw."""
+    for way, known in dict(tries(WAYS)).items():
+        yield from told(way, known)
