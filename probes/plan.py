@@ -529,12 +529,13 @@ class Plan:
 
 
 # Where raw tracepoint programs can be preempted, the one of another task on that CPU is left out meanwhile, and what it
-# would have told is missed. Programs on trace events are not preempted, and cost more. Those of kvm_entry, kvm_exit and
-# kvm_vcpu_wakeup tell no vCPU there: their raw programs stay, and what is left out of them is counted.
+# would have told is missed. Programs on trace events are not preempted, and cost more. Those of kvm_entry and kvm_exit
+# tell no vCPU: there the raw programs stay, and what is left out of them is counted.
 _NOT_PREEMPTED = {
     "sys_enter": "raw_syscalls:sys_enter",
     "sys_exit": "raw_syscalls:sys_exit",
     "kvm_userspace_exit": "kvm:kvm_userspace_exit",
+    "kvm_vcpu_wakeup": "kvm:kvm_vcpu_wakeup",
 }
 
 

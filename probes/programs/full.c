@@ -85,6 +85,6 @@ int on_wakeup(struct bpf_raw_tracepoint_args *ctx)
 	vcpu = in->vcpu;
 	state = vcpus.lookup(&vcpu);
 	if (state)
-		tell_inside(state, vcpu, KIND_WAKEUP, ctx->args[0], (u8)ctx->args[1] != 0);
+		tell_inside(state, vcpu, KIND_WAKEUP, WAKEUP_NS(ctx), WAKEUP_WAITED(ctx) != 0);
 	return 0;
 }

@@ -56,7 +56,8 @@ def of_boot(folder: Path) -> dict[str, Any]:
 
 def of_counts(told: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many exits, entries, kicks and so on an engine counted, and in what that differs from tracefs."""
-    differences = [f"{what}: {differ}" for what, differ in told.items() if what.endswith("_differ") and differ]
+    differ = {what: lines for what, lines in told.items() if what.endswith("_differ") and lines and not told["same"]}
+    differences = [f"{what}: {lines}" for what, lines in differ.items()]
     if not told["same"] and not differences:
         known = ("refused", "loss", "overrun", "gaps", "counters", "unseen")
         differences = [f"{what}: {told[what]}" for what in known if told.get(what)] or ["nothing was counted"]

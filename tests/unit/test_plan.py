@@ -106,7 +106,8 @@ def test_where_raw_tracepoints_are_preempted_trace_events_do(engine: str) -> Non
     assert "kvm:kvm_userspace_exit" in changed
     raw = {hook.target for hook in other.attachable if hook.via is Via.RAW_TRACEPOINT}
     assert not raw & {"sys_enter", "sys_exit", "kvm_userspace_exit"}
-    assert raw >= {"kvm_entry", "kvm_exit", "kvm_vcpu_wakeup"}, "their trace events tell no vCPU"
+    assert raw >= {"kvm_entry", "kvm_exit"}, "their trace events tell no vCPU"
+    assert "kvm:kvm_vcpu_wakeup" in changed
 
 
 @pytest.mark.parametrize("engine", ["tracepoint", "kprobe", "fentry"])
