@@ -732,8 +732,9 @@ def _draw_kicks(axes: Axes, place: int, times: NDArray[np.float64], names: Seque
             groups.append([kick])
     free = -np.inf
     for group in groups:
-        who = list(dict.fromkeys(name for _, name in group))
-        words = who[0] if len(who) == 1 else f"{who[0]} and others"
+        # Of several, the threads alone: a name can begin with what was requested of all vCPUs.
+        who = list(dict.fromkeys(name.rpartition(", ")[2] for _, name in group))
+        words = f"{len(group)} by {who[0]}{' and others' if len(who) > 1 else ''}" if len(group) > 1 else group[0][1]
         first, last = group[0][0], group[-1][0]
         before = last + right * _KICK_WORDS > right
         # Where there is no room on either side the table alone tells.
@@ -741,7 +742,7 @@ def _draw_kicks(axes: Axes, place: int, times: NDArray[np.float64], names: Seque
             continue
         free = last + right * _KICK_WORDS
         axes.annotate(
-            clip(words if len(group) == 1 else f"{len(group)} by {words}", _KICK_LETTERS),
+            clip(words, _KICK_LETTERS),
             (first if before else last, place),
             (-6 if before else 6, 0),
             textcoords="offset points",

@@ -376,7 +376,7 @@ def lived(number: int, begin_ns: int, end_ns: int) -> pd.DataFrame:
         ("guest", "guest", begin_ns, half),
         ("kernel", "<HLT>", half, end_ns),
         ("triple_fault", "triple_fault", half, end_ns),
-        ("kick", f"thread {4_700 + number}, CPU 3", half, half),
+        ("kick", f"thread {4_700 + number} on CPU 3", half, half),
     ]
     return pd.DataFrame(rows, columns=["track", "name", "begin_ns", "end_ns"])
 
@@ -989,8 +989,8 @@ def timeline(**values: Any) -> figures.Timeline:
         ("kernel", "HLT", 40_000, 42_000),
         ("halted", "halted", 42_000, 60_000),
         ("nmi", "nmi", 10_000, 61_000),
-        ("kick", "thread 4713, CPU 3", 10_500, 10_500),
-        ("kick", "thread 4713, CPU 3", 58_000, 58_000),
+        ("kick", "thread 4713 on CPU 3", 10_500, 10_500),
+        ("kick", "thread 4713 on CPU 3", 58_000, 58_000),
     ]
     table = pd.DataFrame(rows, columns=["track", "name", "begin_ns", "end_ns"])
     broken = {"rule": "wait_returned_early", "request": "tlb_flush", "since_ns": START_NS, "time_ns": START_NS + 30_000}
@@ -1011,7 +1011,7 @@ def test_a_timeline_has_lanes_kicks_and_breaks() -> None:
         "guest", "kernel", "halted", "nmi", "tlb_flush", "kick",
     ]  # fmt: skip
     said = [each.get_text() for each in drawn.texts]
-    assert said.count("thread 4713, CPU 3") == 2
+    assert said.count("thread 4713 on CPU 3") == 2
     assert "wait returned early" in said
     assert drawn.get_title(loc="right") == "$web$, vCPU 0"
     save(drawn)
@@ -1044,7 +1044,7 @@ def test_a_clock_that_ran_backwards_bounds_no_latency() -> None:
 def test_kicks_that_are_close_share_their_words() -> None:
     """Of very many there are marks alone."""
     kicks = pd.DataFrame(
-        [("kick", f"thread {1 + number % 2}", START_NS + 9_000 + number, START_NS + 9_000 + number)
+        [("kick", f"nmi for all, thread {1 + number % 2}", START_NS + 9_000 + number, START_NS + 9_000 + number)
          for number in range(5)],
         columns=["track", "name", "begin_ns", "end_ns"],
     )  # fmt: skip
