@@ -27,13 +27,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+import kvmreq
 from analysis.latency import bounds
+from analysis.lifecycle import PLACES
 from analysis.ordering import RULES, Ordered, Ordering
-from probes.schema import EVENT, Kind
+from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words
 from reports.source import Source
 from tracer.errors import BadRecording
 from tracer.loss import Loss, VcpuLoss
+from tracer.recording import Writer
 
 START_NS = 5_000_000_000
 HOSTILE = [
@@ -1208,6 +1211,40 @@ def test_every_figure_is_written_as_png_and_svg(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in written}
     assert pictures.write(out, [source(several())]) == written
     assert {path: path.read_bytes() for path in written} == before
+
+
+def test_the_command_writes_figures_and_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording of detail full from end to end: its report, its page, its figures and its timeline."""
+    steps = [
+        (Kind.VCPU_NEW, 0),
+        (Kind.RUN_ENTER, 0),
+        (Kind.GUEST_ENTRY, 0),
+        (Kind.GUEST_EXIT, 1),
+        (Kind.GUEST_ENTRY, 0),
+    ]
+    events = np.zeros(len(steps), EVENT)
+    events["kind"], events["requests"] = [kind for kind, _ in steps], [word << 17 for _, word in steps]
+    events["before"][1:] = events["requests"][:-1]
+    events["time_ns"] = START_NS + 1_000 * np.arange(1, len(steps) + 1)
+    events["since_ns"][1:] = events["time_ns"][:-1]
+    events["vcpu"], events["pid"], events["seq"], events["detail"] = 1, 4_001, np.arange(1, len(steps) + 1), 1
+    meta = {**META, "schema": SCHEMA_VERSION, "detail": "full", "requests": ["nmi"], "requests_by_bit": {"17": "nmi"}}
+    writer = Writer(tmp_path / "r", meta)
+    writer.segment(events, Loss(), int(events["time_ns"][-1]))
+    writer.update(segments=1)
+    out = tmp_path / "figures"
+    status = kvmreq.main(["report", str(writer.path), "--figures", str(out), "--html", str(tmp_path / "page")])
+    said = capsys.readouterr()
+    assert status == 0 and "nmi" in said.out
+    names = ["latency.png", "latency.svg", "timeline.png", "timeline.svg", "exposure.png", "exposure.svg"]
+    assert said.err.splitlines()[-1] == f"kvmreq: 6 files written to {out}: {', '.join(names)}"
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert "the longest wait of this recording" in (tmp_path / "page").read_text(encoding="utf-8")
+
+
+def test_every_place_of_a_vcpu_has_words() -> None:
+    """Those that the lifecycles tell."""
+    assert set(judged.PLACES) == set(PLACES)
 
 
 def test_several_recordings_have_a_prefix_each(tmp_path: Path) -> None:
