@@ -324,13 +324,17 @@ def _end_of_vm(*requests: str) -> tuple[Several, ...]:
 _FLUSHES = (*_end_of_vm(*_ROOTS, "tlb_flush"), Several({"request": "tlb_flush", "vm": 0, "end": "serviced"}))
 
 
+# Each change frees the roots of every vCPU.
+_FREED = [
+    lifecycle("serviced", request=request, vcpu=vcpu, raised_by="remote")
+    for request in _ROOTS
+    for vcpu in range(SLOT_VCPUS)
+    for _ in range(SLOT_CHANGES)
+]
+
+
 @scenario(
-    *[
-        lifecycle("serviced", request=request, vcpu=vcpu, raised_by="remote")
-        for request in _ROOTS
-        for vcpu in range(SLOT_VCPUS)
-        for _ in range(SLOT_CHANGES)
-    ],
+    *_FREED,
     several=_FLUSHES,
     needs=[],
     code=INTERRUPTED,
@@ -355,12 +359,7 @@ def _turn(vcpus: Sequence[Vcpu]) -> None:
 
 
 @scenario(
-    *[
-        lifecycle("serviced", request=request, vcpu=vcpu, raised_by="remote")
-        for request in _ROOTS
-        for vcpu in range(SLOT_VCPUS)
-        for _ in range(SLOT_CHANGES)
-    ],
+    *_FREED,
     several=_FLUSHES,
     needs=[],
     code=INTERRUPTED,
