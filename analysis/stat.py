@@ -177,8 +177,13 @@ class Request:
 
 
 def exits(counts: Counts, name: Namer) -> list[Exit]:
-    """Return the table of exits over all vCPUs of ``counts``, each kind's most costly reason first."""
-    merged = over_vcpus(counts)
+    """Return the table of exits over all vCPUs of ``counts``, each kind's most costly reason first.
+
+    Where KVM_RUN returned an error that is the reason, and its ``number`` is 0: what kvm_run says beside it is older.
+    """
+    keys = counts.keys.copy()
+    keys["reason"][(keys["kind"] == Kind.USER) & (keys["variant"] < 0)] = 0
+    merged = over_vcpus(Counts(keys, counts.values, counts.vcpus, counts.words))
     totals = {kind: int(merged.values["sum_ns"][merged.keys["kind"] == kind].sum()) for kind in Kind}
     rows = []
     for key, value in zip(merged.keys.tolist(), merged.values, strict=True):

@@ -177,7 +177,9 @@ def oracle(events: npt.NDArray[np.void]) -> tuple[Counter[Any], dict[Any, list[i
         if kind in begins:
             which = begins[kind]
             error = (int(event["arg"]) >> 32) - (2**32 if int(event["arg"]) >> 63 else 0)
-            key = (which, int(event["arg"]) & 0xFFFFFFFF, 7 if which is Kind.GUEST else abs(error))
+            # With an error the reason says nothing.
+            number = 0 if which is Kind.USER and error < 0 else int(event["arg"]) & 0xFFFFFFFF
+            key = (which, number, 7 if which is Kind.GUEST else abs(error))
             counts[key] += 1
             open_[vcpu, which] = key, now
         elif kind in ends and (vcpu, ends[kind]) in open_:
