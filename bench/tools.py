@@ -243,13 +243,16 @@ def _record(*words: str) -> Callable[[Path, Guests], AbstractContextManager[Seen
     return way
 
 
-@contextmanager
-def _empty(_scratch: Path, _guests: Guests) -> Iterator[Seen]:
-    with _EMPTY[0].attached():
-        yield Seen(0, "nothing")
+_EMPTY: dict[bool, Empty] = {}  # by whether they are on the hooks of detail full
 
 
-_EMPTY: list[Empty] = []
+def _empty(*, full: bool) -> Callable[[Path, Guests], AbstractContextManager[Seen]]:
+    @contextmanager
+    def way(_scratch: Path, _guests: Guests) -> Iterator[Seen]:
+        with _EMPTY[full].attached():
+            yield Seen(0, "nothing")
+
+    return way
 
 
 @dataclass(frozen=True)
@@ -269,9 +272,10 @@ class Way:
 
 
 WAYS = (
-    Way("empty programs on the hooks of record", _empty),
+    Way("empty programs on the hooks of record", _empty(full=False)),
     Way("kvmreq record", _record()),
     Way("kvmreq record --requests all", _record("--requests", "all")),
+    Way("empty programs on the hooks of detail full", _empty(full=True)),
     Way("kvmreq record --requests all --detail full", _record("--requests", "all", "--detail", "full")),
     Way("kvmreq stat", _stat),
     Way("bpftrace, counting what kvmreq stat does", _bpftrace, "bpftrace", "bpftrace"),
@@ -304,7 +308,8 @@ def tries(ways: Sequence[Way], starts: int = _STARTS, scale: float = 1.0) -> Ite
     """
     measured = {way.name: _Measured() for way in ways}
     refused: set[str] = set()
-    _EMPTY.append(Empty(choose("auto").plan))
+    for full in (False, True):
+        _EMPTY[full] = Empty(choose("auto", full=full).plan)
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as directory:
         scratch = Path(directory)
         build(scratch / "exit_loop")
@@ -329,7 +334,8 @@ def tries(ways: Sequence[Way], starts: int = _STARTS, scale: float = 1.0) -> Ite
                     yield way, measured[way.name]
         finally:
             guests.close()
-            _EMPTY.pop().close()
+            for full in (False, True):
+                _EMPTY.pop(full).close()
 
 
 def told(way: Way, known: _Measured | str) -> Iterator[Figure | Missing]:
