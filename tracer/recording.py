@@ -11,7 +11,9 @@ import json
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -247,20 +249,24 @@ class Recording:
             (int(found[1]), path) for path in self.path.iterdir() if (found := _SEGMENT.fullmatch(path.name))
         )
         expected = 1
-        for number, path in numbered:
-            if number != expected:
-                self._miss(expected, number - 1)
-                yield None
-            expected = number + 1
-            try:
-                segment = self._segment(path)
-            except Exception as error:
-                # A damaged file can make pyarrow raise anything, NotImplementedError too; the first line says it.
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                self.left_out.append(f"{path.name}: {reason}")
-                yield None
-            else:
-                yield segment
+        # The next one is read while this one is being analysed.
+        with ThreadPoolExecutor(1) as ahead:
+            coming = deque(ahead.submit(self._segment, path) for _, path in numbered[:1])
+            for place, (number, path) in enumerate(numbered):
+                if number != expected:
+                    self._miss(expected, number - 1)
+                    yield None
+                expected = number + 1
+                coming.extend(ahead.submit(self._segment, after) for _, after in numbered[place + 1 : place + 2])
+                try:
+                    segment = coming.popleft().result()
+                except Exception as error:
+                    # A damaged file can make pyarrow raise anything, NotImplementedError too; the first line says it.
+                    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                    self.left_out.append(f"{path.name}: {reason}")
+                    yield None
+                else:
+                    yield segment
         written = self.meta.get("segments")
         if isinstance(written, int) and written >= expected:
             self._miss(expected, written)
