@@ -70,7 +70,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--witnesses",
         nargs="*",
         metavar="KERNEL",
-        help="run KVM's own tests, and two engines at the same time, on these kernels only (default: all)",
+        help="only on these kernels: KVM's own tests, kvm_amd loaded again, counts beside tracefs's, and two engines "
+        "at the same time (default: all)",
     )
     add("--out", type=Path, help="where recordings and consoles are left (by default matrix in the cache)")
     add("--results", type=Path, help="where results are left (by default results in the cache)")
@@ -128,7 +129,7 @@ class Wanted:
     limit_s: int
 
     def wholly(self, series: str) -> bool:
-        """Tell whether KVM's own tests and two engines at the same time are wanted there."""
+        """Tell whether what takes long is wanted there, too: see --witnesses."""
         return self.witnesses_on is None or series in self.witnesses_on
 
     def machine(self, series: str, userspace: str) -> Machine:
@@ -199,12 +200,12 @@ def run_boot(job: Job, wanted: Wanted, tally: Tally) -> None:
         tally.fail(f"{where}: what runs inside {what}: {outcome.output[-2000:]}")
 
 
-def _boot(where: str, job: Job, machine: Machine, folder: Path, both: Sequence[str], again: bool) -> Outcome:
+def _boot(where: str, job: Job, machine: Machine, folder: Path, both: Sequence[str], whole: bool) -> Outcome:
     # The interpreter that has what kvmreq imports: that of this process, or Debian 13's own.
     python = sys.executable if job.userspace == "debian12" else "python3"
     command = [python, "-m", "tests.matrix.inside", *job.engines, *(("--together", *both) if both else ())]
-    if again:
-        command.append("--again")
+    if whole:
+        command += ["--again", "--counts"]
     say(f"{where}: booting {job.kernel.release} ({job.kernel.version})")
     try:
         return machine.run(job.kernel, command, folder, _Lines(where))
@@ -258,7 +259,7 @@ def left_out(arguments: argparse.Namespace) -> list[str]:
     lines += [f"kernel {one}" for one in kernels.DEFAULT if one not in arguments.kernels]
     if arguments.witnesses is not None:
         lines += [
-            f"KVM's own tests and two engines at the same time on {one}"
+            f"KVM's own tests, kvm_amd loaded again, counts beside tracefs's, and two engines at the same time on {one}"
             for one in arguments.kernels
             if one not in arguments.witnesses
         ]
