@@ -177,10 +177,10 @@ def _time_axis(axes: Axes, lanes: Sequence[_Lane]) -> None:
     axes.set_axisbelow(True)
 
 
-# Round numbers of a unit, from 0 to the end of an axis.
-def _round_times(end: float, size: int) -> NDArray[np.float64]:
-    ticks = np.asarray(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end / size)) * size
-    return ticks[ticks <= end]
+# Round numbers of a unit, from the beginning to the end of an axis.
+def _round_times(end: float, size: int, begin: float = 0.0) -> NDArray[np.float64]:
+    ticks = np.asarray(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(begin / size, end / size)) * size
+    return ticks[(ticks >= begin) & (ticks <= end)]
 
 
 def _draw_lane(axes: Axes, place: int, row: Mapping[str, Any], lane: _Lane) -> None:
@@ -494,7 +494,7 @@ def draw_heat(heat: pd.DataFrame, axes: Axes, *, start_ns: int) -> Axes:
             axes.add_patch(PathPatch(_boxes(path), facecolor=shade, edgecolor=shade, linewidth=0.2))
     name, size = unit(float(right.max()))
     axes.set_xlim(left.min(), right.max())
-    axes.xaxis.set_major_locator(FixedLocator(_round_times(float(right.max()), size).tolist()))
+    axes.xaxis.set_major_locator(FixedLocator(_round_times(float(right.max()), size, float(left.min())).tolist()))
     axes.set_xlim(left.min(), right.max())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ns, _: f"{ns / size:g}"))
     axes.set_xlabel(f"time of the raise since the recording began ({name})")
