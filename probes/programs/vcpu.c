@@ -35,7 +35,7 @@
 #define EXIT_REASON(ctx)	((u32)(ctx)->args[1])
 #define EXIT_ERRNO(ctx)		((int)((ctx)->args[1] >> 32))
 #define WAKEUP_NS(ctx)		((ctx)->args[1])
-#define WAKEUP_WAITED(ctx)	((u8)(ctx)->args[2])
+#define WAKEUP_WAITED(ctx)	(*(u8 *)&(ctx)->args[2])	/* the record ends behind it */
 #else
 #define SYSCALL_NUMBER(ctx)	((u32)(ctx)->args[1])
 #define SYSCALL_RESULT(ctx)	((int)(ctx)->args[1])

@@ -8,16 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lab.runner import runnable
+from probes.program import Settings
 from probes.schema import Kind
 from tests.matrix.full_counts import EVENTS, gaps, wakeups
 from tests.matrix.stat_counts import instance
-from tracer import tracefs
+from tracer import host, tracefs
+from tracer.engines import open_engine
+from tracer.recorder import choose
 from tracer.recording import Recording
 
 from .session import CHECKOUT, PATIENCE_S, Vmm, recording, report
@@ -61,6 +65,42 @@ def test_23_wake_ups_are_those_of_tracefs(tmp_path: Path) -> None:
     inside = (kinds == Kind.RUN_ENTER).cumsum() - (kinds == Kind.RUN_EXIT).cumsum()
     assert (inside[woken] == 1).all()
     assert json.loads((tmp_path / "r/meta.json").read_text())["counters"]["guest"] == len(woken)
+
+
+@pytest.fixture
+def _tracefs_in_its_place() -> Iterator[None]:
+    """BCC looks for trace events there, and nowhere else."""
+    place = Path("/sys/kernel/tracing")
+    if (place / "events").is_dir():
+        yield
+        return
+    subprocess.run(["mount", "-t", "tracefs", "tracefs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.usefixtures("_tracefs_in_its_place")
+def test_where_raw_tracepoints_are_preempted_trace_events_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that such a kernel gets are taken by this one, too: none is refused, and wake-ups are tracefs's."""
+    monkeypatch.setattr(host, "preempts_raw_tracepoints", lambda: True)
+    chosen = choose("tracepoint", full=True)
+    assert "tracepoint:kvm:kvm_vcpu_wakeup" in {line["hook"] for line in chosen.plan.as_json()}
+    settings = Settings(watched=(1 << 64) - 1, cpus=host.possible_cpus(), full=True)
+    with open_engine(chosen.plan, settings, ()) as engine:
+        engine.attach()
+        assert not [line for line in engine.plan.as_json() if "refused" in str(line["unseen"])]
+        with Vmm() as vmm, instance(EVENTS) as path:
+            for _ in range(HALTS):
+                vmm.tell("halt", "kick")
+            vmm.end()
+            theirs = wakeups((path / "trace").read_text().splitlines(), [vmm.pid])
+        events = engine.drain()
+    woken = events[(events["pid"] == vmm.pid) & (events["kind"] == Kind.WAKEUP)]
+    assert len(woken) >= HALTS
+    ours = sorted(zip(*(woken[name].tolist() for name in ("tid", "arg", "detail")), strict=True))
+    assert ours == sorted(theirs.elements())
 
 
 def test_the_plan_of_a_recording_says_what_that_detail_sees(tmp_path: Path) -> None:
