@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,20 +81,28 @@ def judge(recording: Source) -> Judgement:
     exposure, ordering = Exposure(), _ordering(recording.meta, names)
     lifecycles, shutdowns = [empty_lifecycles()], [empty_shutdowns()]
     loss, events = Loss(), 0
-    for segment in recording.segments():
-        if segment is None:
-            core.interrupt()
-            ordering.interrupt()
-            continue
-        # Hooks that were missed in this segment concern what was pending in it, and nothing later.
-        blind = segment.loss.blind > loss.blind
-        loss = segment.loss
-        events += len(segment.columns["kind"])
-        finished = core.feed(segment.columns, blind=blind, loss=loss)
-        exposure.feed(segment.columns)
-        ordering.feed(segment.columns, loss, finished.lifecycles)
-        lifecycles.append(finished.lifecycles)
-        shutdowns.append(finished.shutdowns)
+    # Of one segment all else is analysed while the lifecycles of the next one are.
+    with ThreadPoolExecutor(1) as beside:
+        others: Future[None] | None = None
+        for segment in recording.segments():
+            if others is not None and segment is None:
+                others.result()
+            if segment is None:
+                core.interrupt()
+                ordering.interrupt()
+                continue
+            # Hooks that were missed in this segment concern what was pending in it, and nothing later.
+            blind = segment.loss.blind > loss.blind
+            loss = segment.loss
+            events += len(segment.columns["kind"])
+            finished = core.feed(segment.columns, blind=blind, loss=loss)
+            if others is not None:
+                others.result()
+            others = beside.submit(_others, exposure, ordering, segment.columns, loss, finished.lifecycles)
+            lifecycles.append(finished.lifecycles)
+            shutdowns.append(finished.shutdowns)
+        if others is not None:
+            others.result()
     pending = core.finish(loss).lifecycles
     ordered = ordering.finish(loss, pending)
     lifecycles.append(pending)
@@ -113,6 +122,13 @@ def judge(recording: Source) -> Judgement:
 def _ordering(meta: Mapping[str, Any], names: Mapping[int, str]) -> Ordering:
     # Recordings of schema 1 have no flags, and detail boundary only.
     return Ordering(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
+
+
+def _others(
+    exposure: Exposure, ordering: Ordering, events: Mapping[str, Any], loss: Loss, lifecycles: pd.DataFrame
+) -> None:
+    exposure.feed(events)
+    ordering.feed(events, loss, lifecycles)
 
 
 def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
