@@ -390,9 +390,7 @@ def _apply_kicks(one: Array, instance: Array, kicks: Array, own_tid: Array | Non
     sooner = (one["kicked_ns"][first] < 0) | (kick["time_ns"] < one["kicked_ns"][first])
     one["kicked_ns"][first[sooner]] = kick["time_ns"][sooner]
     seen = kicks["seen"]
-    raised_ns = one["raised_ns"].copy()
-    np.minimum.at(raised_ns, instance[seen], kicks["time_ns"][seen])
-    one["raised_ns"] = raised_ns
+    np.minimum.at(one["raised_ns"], instance[seen], kicks["time_ns"][seen])
     if own_tid is not None:
         # Where the vCPU's own thread could not, or where the kicker was told to make this very request.
         remote = np.isin(one["place"][first], (_PLACE["guest"], _PLACE["halted"])) | ~kick["seen"]
@@ -420,8 +418,9 @@ class _Rows:
         exits = apart[kind[apart] == Kind.VMM_EXIT]
         self.kicks = self._others(events, apart[kind[apart] == Kind.KICK])
         self.of_all = self._others(events, apart[kind[apart] == Kind.REQUEST_ALL])
-        if not len(exits) and (np.diff(numbers[own].astype(np.int64)) < 0).any():
-            own = own[by_key(numbers[own])]
+        mine = numbers[own]
+        if not len(exits) and (mine[1:] < mine[:-1]).any():
+            own = own[by_key(mine)]
         self.position = own
         if isinstance(events, np.ndarray):
             own_events = events.take(own)  # whole records: faster than column by column
@@ -631,6 +630,7 @@ class Lifecycles:
     def _next_rows(self, kicks: Array, rows: _Rows, first: Array, group: Array) -> tuple[_Kicked, Array]:
         """Return the kicks that an own row of their vCPU follows, those carried in too, and the other new ones."""
         new = np.concatenate((self._kicks[np.isin(self._kicks["number"], rows.vcpu[first])], kicks))
+        new = new[by_key(new["number"])]  # by vCPU, older ones first: so the rows that are found ascend
         place, known = find(rows.vcpu[first], new["number"])
         scale = (int(rows.position.max()) if len(rows.position) else 0) + 3
         keys = group * scale + rows.position + 1
@@ -638,9 +638,8 @@ class Lifecycles:
         last = np.append(first[1:], len(group)) - 1
         resolved = known.copy()
         resolved[known] = row[known] <= last[place[known]]
-        order = np.argsort(row[resolved], kind="stable")
         of_all = rows.of_all[np.isin(rows.of_all["arg"] & np.uint64(REQUEST_MASK), list(self._names))]
-        return _Kicked(row[resolved][order], new[resolved][order], of_all), new[~resolved]
+        return _Kicked(row[resolved], new[resolved], of_all), new[~resolved]
 
     def _carry_kicks(self, tail: Array, of_all: Array, final: Array) -> None:
         """Keep what was done to each vCPU since its last own event, at place ``final`` of the batch, or -1: before it.
