@@ -401,10 +401,8 @@ def _apply_kicks(one: Array, instance: Array, kicks: Array, own_tid: Array | Non
     one["tid"][first[shown]], one["cpu"][first[shown]] = kick["tid"][shown], kick["cpu"][shown]
 
 
-# What the rules look at.
-_COLUMNS = (
-    "time_ns", "since_ns", "requests", "before", "arg", "vcpu", "seq", "pid", "detail", "kind", "flags",
-)  # fmt: skip
+# What the rules look at in every row; the rest is asked for where it matters.
+_COLUMNS = ("time_ns", "since_ns", "requests", "before", "vcpu", "seq", "kind")
 
 
 class _Rows:
@@ -421,7 +419,7 @@ class _Rows:
         mine = numbers[own]
         if not len(exits) and (mine[1:] < mine[:-1]).any():
             own = own[by_key(mine)]
-        self.position = own
+        self.position, self._events = own, events
         if isinstance(events, np.ndarray):
             own_events = events.take(own)  # whole records: faster than column by column
             for name in _COLUMNS:
@@ -435,7 +433,6 @@ class _Rows:
             order = np.lexsort((self.position, self.vcpu))
             for name in (*_COLUMNS, "real", "position"):
                 setattr(self, name, getattr(self, name)[order])
-        self._events = events
 
     @staticmethod
     def _others(events: Any, at: Array) -> Array:
@@ -445,29 +442,29 @@ class _Rows:
             made[name] = at if name == "position" else column(events, name)[at]
         return made
 
+    def told(self, name: str, at: Any) -> Array:
+        """Return another column of the events, for some rows."""
+        found: Array = column(self._events, name)[self.position[at]]
+        return found
+
     def who_ran(self, at: Array) -> tuple[Array, Array]:
         """Return the thread and the CPU that ran the hook, for some rows."""
-        place = self.position[at]
-        return column(self._events, "tid")[place], column(self._events, "cpu")[place]
+        return self.told("tid", at), self.told("cpu", at)
 
     time_ns: Array
     since_ns: Array
     requests: Array
     before: Array
-    arg: Array
     vcpu: Array
     seq: Array
-    pid: Array
-    detail: Array
     kind: Array
-    flags: Array
 
     def _end_of_vmms(self, events: Any, exits: Array, vcpus: Array) -> None:
         # The first exit of its process after a vCPU was first seen ends it.
         numbers, first = np.unique(self.vcpu, return_index=True)
         known = ~np.isin(vcpus["number"], numbers)
         number = np.concatenate((numbers, vcpus["number"][known]))
-        pid = np.concatenate((self.pid[first], vcpus["pid"][known])).astype(np.int64)
+        pid = np.concatenate((self.told("pid", first), vcpus["pid"][known])).astype(np.int64)
         begin = np.concatenate((self.position[first], np.full(int(known.sum()), -1)))
         carried = np.isin(number, vcpus["number"])
         begin[carried] = -1
@@ -558,7 +555,7 @@ class Lifecycles:
         if known.any():
             state[known] = self._vcpus[carried[known]]
         state["number"] = rows.vcpu[first]
-        state["pid"][~known] = rows.pid[first][~known]
+        state["pid"][~known] = rows.told("pid", first[~known])
         initial = state.copy()
         who, whose = self._identify(rows, first, group, state)
 
@@ -689,9 +686,9 @@ class Lifecycles:
         new = np.flatnonzero(rows.kind == Kind.VCPU_NEW)
         for at in (new[first[group[new]] == new], new[first[group[new]] != new]):
             who = state.copy()
-            state["vm"][group[at]] = rows.detail[at]
-            state["vcpu"][group[at]] = rows.arg[at]
-            state["pid"][group[at]] = rows.pid[at]
+            state["vm"][group[at]] = rows.told("detail", at)
+            state["vcpu"][group[at]] = rows.told("arg", at)
+            state["pid"][group[at]] = rows.told("pid", at)
         if not len(at):
             return state, group
         # The last VCPU_NEW so far of each row, if it is not the first row of its vCPU.
@@ -700,7 +697,7 @@ class Lifecycles:
         latest = np.maximum.accumulate(latest)
         said = np.append(-1, group[at])[latest] == group
         later = who[group[at]]
-        later["vm"], later["vcpu"], later["pid"] = rows.detail[at], rows.arg[at], rows.pid[at]
+        later["vm"], later["vcpu"], later["pid"] = (rows.told(name, at) for name in ("detail", "arg", "pid"))
         return np.concatenate((who, later)), np.where(said, len(who) + latest - 1, group)
 
     @staticmethod
@@ -746,8 +743,7 @@ class Lifecycles:
             was_known, before, now = was_known[mine], before[mine], now[mine]
         group, gap, missing, cut = group[pick], known.gap[pick], known.missing[pick], known.cut[pick]
         last_ns, last_kind = known.time_ns[pick], known.kind[pick]
-        kind, flags, detail = rows.kind[pick], rows.flags[pick], rows.detail[pick]
-        arg = rows.arg[pick]
+        kind, flags, detail, arg = rows.kind[pick], *(rows.told(name, pick) for name in ("flags", "detail", "arg"))
         time_ns, since_ns = rows.time_ns[pick].view(np.int64), rows.since_ns[pick].view(np.int64)
         low = (arg & np.uint64(0xFFFFFFFF)).view(np.int64)
         succeeded = (arg >> np.uint64(32)) == 0
@@ -895,7 +891,8 @@ class Lifecycles:
         one["reset"] |= again
 
     def _shutdowns(self, rows: _Rows, everyone: Array, whose: Array) -> pd.DataFrame:
-        at = np.flatnonzero((rows.kind == Kind.RUN_EXIT) & (rows.arg == KVM_EXIT_SHUTDOWN))
+        at = np.flatnonzero(rows.kind == Kind.RUN_EXIT)
+        at = at[rows.told("arg", at) == KVM_EXIT_SHUTDOWN]
         if not len(at):
             return empty_shutdowns()
         mask = np.uint64(1 << TRIPLE_FAULT)
@@ -910,7 +907,7 @@ class Lifecycles:
                 "vcpu_number": who["number"],
                 "time_ns": rows.time_ns[at],
                 "source": np.where(taken, "request", "hardware").astype(object),
-                "nested": (rows.flags[at] & Flag.NESTED) != 0,
+                "nested": (rows.told("flags", at) & Flag.NESTED) != 0,
             },
             len(at),
         )
