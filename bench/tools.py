@@ -34,7 +34,9 @@ _EXITS = 50_000
 _EXITS_OF_SLOW = 5_000
 _POKE = 50  # exits of another guest, for a tool that says nothing before it has seen some
 _PATIENCE_S = 180  # for a tool to be live, or to end: seconds here, minutes in an emulated machine
-_PRIVATE = ("unshare", "--mount")  # what a tool mounts goes with it
+# What is mounted goes with the tool. Some mount these where they look for them, others only look.
+_MOUNTS = "mount -t tracefs none /sys/kernel/tracing; mount -t debugfs none /sys/kernel/debug"
+_PRIVATE = ("unshare", "--mount", "sh", "-c", f'({_MOUNTS}) 2>/dev/null; exec "$@"', "sh")
 _KVM_EXITS = ("kvm_exit", "kvm_entry", "kvm_userspace_exit")
 
 
