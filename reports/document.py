@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis import latency
 from reports.words import native
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def _members(judgement: Judgement) -> dict[str, Any]:
             {key: row[key] for key in ("vm", "pid", "vcpu", "time_ns", "source", "nested")}
             for row in each(judgement.shutdowns)
         ),
+        # From raise to end, each figure as a lower and an upper bound in ns; null where none is known.
+        "latency": records(latency.summary(judgement.lifecycles)),
+        "latency_by_vcpu": each(latency.summary(judgement.lifecycles, ("request", "vm", "vcpu"))),
         "ordering": {
             "rules": [{key: row[key] for key in _RULE} for row in records(judgement.ordering.rules)],
             "breaks": [{key: row[key] for key in _BREAK} for row in records(judgement.ordering.breaks)],
