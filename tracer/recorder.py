@@ -216,6 +216,8 @@ class Recorder:
         if now == self._modules:
             return
         came = sorted(name for name, number in now.items() if self._modules.get(name) != number)
+        if came == ["kvm"] and len(now) == 1:
+            return  # it runs no guest before its flavour comes, too: setting hooks twice would be blind twice as long
         self._modules = now
         if not came:
             return  # one was unloaded: its hooks are gone, and so is what they would have seen
