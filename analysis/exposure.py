@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.rows import by_key, heads
+from analysis.rows import by_key, column, heads
 from probes.schema import Flag, Kind
 
 #: Columns: ``vm``: the number of the recording; ``pid``; ``triple_fault_cap``: is 218 on, or unknown; ``vcpus``: how
@@ -28,10 +28,8 @@ class Exposure:
 
     def feed(self, events: Any) -> None:
         """Take a batch of events."""
-        kind, vcpu, seq = (np.ascontiguousarray(events[name]) for name in ("kind", "vcpu", "seq"))
-        detail, arg, pid, time_ns, flags = (
-            np.asarray(events[name]) for name in ("detail", "arg", "pid", "time_ns", "flags")
-        )
+        kind, vcpu, seq, flags = (column(events, name) for name in ("kind", "vcpu", "seq", "flags"))
+        detail, arg, pid, time_ns = (column(events, name) for name in ("detail", "arg", "pid", "time_ns"))
         # The capability as each vCPU's last event tells it, and every event that begins a vCPU or sets the capability.
         # What other threads saw of a vCPU (seq 0) tells nothing of its flags.
         own = np.flatnonzero(seq != 0)

@@ -85,9 +85,9 @@ def judge(recording: Source) -> Judgement:
     with ThreadPoolExecutor(1) as beside:
         others: Future[None] | None = None
         for segment in recording.segments():
-            if others is not None and segment is None:
-                others.result()
             if segment is None:
+                if others is not None:
+                    others.result()
                 core.interrupt()
                 ordering.interrupt()
                 continue

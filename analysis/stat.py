@@ -286,10 +286,10 @@ def _times(begins: Array, kind: Kind, isa: int, counted: Array, ended: Array, la
     keys = np.zeros(len(begins), KEY)
     keys["vcpu"], keys["kind"] = begins["vcpu"], kind
     keys["reason"] = begins["arg"] & np.uint64(0xFFFFFFFF)
-    own = (
-        begins["detail"].view("i4") if kind is Kind.GUEST else (begins["arg"] >> np.uint64(32)).astype("u4").view("i4")
-    )
-    keys["variant"] = np.where(own == 0, isa, own) if kind is Kind.GUEST else own
+    if kind is Kind.GUEST:
+        keys["variant"] = np.where(begins["detail"] == 0, isa, begins["detail"])
+    else:
+        keys["variant"] = (begins["arg"] >> np.uint64(32)).astype("u4").view("i4")
     unique, group = np.unique(keys, return_inverse=True)
     values = np.zeros(len(unique), VALUE)
     np.add.at(values["count"], group[counted], 1)

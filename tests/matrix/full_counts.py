@@ -13,13 +13,10 @@ Imports no pandas.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +26,7 @@ from probes import exits
 from probes.plan import KICKERS, REQUESTERS
 from probes.program import ENGINES, Settings
 from probes.schema import Kind
-from tests.matrix.stat_counts import LINE, Seen, instance, lost, parsed, run_apart, scenarios
+from tests.matrix.stat_counts import LINE, Seen, instance, keep, lost, parsed, run_apart, scenarios
 from tracer import host, tracefs
 from tracer.engines import Choice, choices, open_engine
 from tracer.errors import KvmreqError
@@ -188,29 +185,24 @@ def compare(choice: Choice, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def main(words: Sequence[str]) -> int:
-    """Compare under each engine; print and keep the results."""
-    parser = argparse.ArgumentParser("python3 -m tests.matrix.full_counts", description=__doc__)
-    parser.add_argument("engines", nargs="*", metavar="ENGINE", help="(default: each that works here)")
-    asked = parser.parse_args(words).engines
-    results: list[dict[str, Any]] = []
-    text = "[]"
+def _results(asked: Sequence[str]) -> Iterator[dict[str, Any]]:
     for choice in choices(full=True):
         if choice.engine not in (asked or ENGINES):
             continue
         if choice.why_not is not None:
-            results.append({"engine": choice.engine, "refused": choice.why_not, "same": not asked})
+            yield {"engine": choice.engine, "refused": choice.why_not, "same": not asked}
             continue
         try:
-            results.append(compare(choice, scenarios()))
+            yield compare(choice, scenarios())
         except KvmreqError as error:
-            results.append({"engine": choice.engine, "refused": str(error), "same": False})
-        text = json.dumps(results, indent=1)
-        if out := os.environ.get("MATRIX_OUT"):
-            (Path(out) / "full.json").write_text(text)
-    print(text)
-    compared = [one for one in results if "refused" not in one]
-    return 0 if compared and all(one["same"] for one in results) else 1
+            yield {"engine": choice.engine, "refused": str(error), "same": False}
+
+
+def main(words: Sequence[str]) -> int:
+    """Compare under each engine; print and keep the results."""
+    parser = argparse.ArgumentParser("python3 -m tests.matrix.full_counts", description=__doc__)
+    parser.add_argument("engines", nargs="*", metavar="ENGINE", help="(default: each that works here)")
+    return keep("full", _results(parser.parse_args(words).engines))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -211,24 +211,31 @@ def scenarios() -> list[str]:
     return [one.name for one, why_not in runner.runnable() if why_not is None and SCENARIOS[one.name].vms == 1]
 
 
+def keep(what: str, results: Iterable[dict[str, Any]]) -> int:
+    """Print the results, and keep them as they come where the matrix looks for them; return the exit status."""
+    told: list[dict[str, Any]] = []
+    for result in results:
+        told.append(result)
+        if out := os.environ.get("MATRIX_OUT"):
+            (Path(out) / f"{what}.json").write_text(json.dumps(told, indent=1))
+    print(json.dumps(told, indent=1))
+    compared = [one for one in told if "refused" not in one]
+    return 0 if compared and all(one["same"] for one in told) else 1
+
+
+def _results(asked: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for engine in asked or [one.engine for one in choices() if one.why_not is None and one.engine in HOOKS]:
+        try:
+            yield compare(engine, scenarios())
+        except CannotTrace as error:
+            yield {"engine": engine, "refused": str(error), "same": not asked}
+
+
 def main(words: Sequence[str]) -> int:
     """Compare under each engine; print and keep the results."""
     parser = argparse.ArgumentParser("python3 -m tests.matrix.stat_counts", description=__doc__)
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help="(default: each that works here)")
-    asked = parser.parse_args(words).engines
-    results: list[dict[str, Any]] = []
-    text = "[]"
-    for engine in asked or [one.engine for one in choices() if one.why_not is None and one.engine in HOOKS]:
-        try:
-            results.append(compare(engine, scenarios()))
-        except CannotTrace as error:
-            results.append({"engine": engine, "refused": str(error), "same": not asked})
-        text = json.dumps(results, indent=1)
-        if out := os.environ.get("MATRIX_OUT"):
-            (Path(out) / "stat.json").write_text(text)
-    print(text)
-    compared = [one for one in results if "refused" not in one]
-    return 0 if compared and all(one["same"] for one in results) else 1
+    return keep("stat", _results(parser.parse_args(words).engines))
 
 
 if __name__ == "__main__":
