@@ -343,6 +343,21 @@ class _Kicked(NamedTuple):
         return np.concatenate(parts_at), np.concatenate(parts)
 
 
+class _Batch(NamedTuple):
+    """A batch of events as each request is looked for in it."""
+
+    rows: _Rows
+    words: _Words
+    first: Array  # the first row of each vCPU
+    group: Array  # which vCPU each row is of, counted from 0
+    initial: Array  # what was carried in of each vCPU
+    who: Array  # who rows are, and
+    whose: Array  # where that stands for each row
+    known: _Known
+    kicked: _Kicked
+    blind: bool
+
+
 def _who_before(who: Array, whose: Array, initial: Array, first: Array, at: Array, group: Array) -> Array:
     """Return who each of these rows was until it: what a VCPU_NEW says does not hold before it."""
     before: Array = who[whose[np.maximum(at - 1, 0)]]
@@ -594,11 +609,8 @@ class Lifecycles:
         watched = (last_word | rows.before | rows.requests) & self._mask
         used = int(np.bitwise_or.reduce(watched))
         words = _Words.of(np.flatnonzero(watched), last_word, rows.before, rows.requests)
-        tables = [
-            self._request(bit, name, rows, words, first, group, initial, who, whose, known_rows, kicked, blind)
-            for bit, name in self._names.items()
-            if used >> bit & 1
-        ]
+        batch = _Batch(rows, words, first, group, initial, who, whose, known_rows, kicked, blind)
+        tables = [self._request(bit, name, batch) for bit, name in self._names.items() if used >> bit & 1]
         shutdowns = self._shutdowns(rows, who, whose)
 
         last = np.append(first[1:], n) - 1
@@ -714,21 +726,8 @@ class Lifecycles:
         found: Array = np.where(self._vcpus["number"][place] == numbers, place, -1)
         return found
 
-    def _request(
-        self,
-        bit: int,
-        name: str,
-        rows: _Rows,
-        words: _Words,
-        first: Array,
-        group: Array,
-        initial: Array,
-        who: Array,
-        whose: Array,
-        known: _Known,
-        kicked: _Kicked,
-        blind: bool,
-    ) -> tuple[pd.DataFrame, Array]:
+    def _request(self, bit: int, name: str, batch: _Batch) -> tuple[pd.DataFrame, Array]:
+        rows, words, first, group, initial, who, whose, known, kicked, blind = batch
         mask = np.uint64(1 << bit)
         was_known = (words.known & mask) != 0
         before = (words.before & mask) != 0

@@ -379,6 +379,12 @@ def lifecycles_of(*events: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
+def asked(time_ns: int, vm: int, request: int, mask: int) -> dict[str, int]:
+    """Return the event of thread 9 making a request of vCPUs of a VM."""
+    event = {"time_ns": time_ns, "kind": Kind.REQUEST_ALL, "vcpu": 0, "tid": 9}
+    return event | {"detail": vm, "arg": request, "requests": mask}
+
+
 BEGIN = {"time_ns": 10, "kind": Kind.VCPU_NEW, "detail": 7, "arg": 4, "flags": Flag.CREATED}
 
 
@@ -402,15 +408,7 @@ def test_a_request_of_all_vcpus_is_each_ones() -> None:
     (row,) = lifecycles_of(
         BEGIN,
         {"time_ns": 20, "kind": Kind.RUN_EXIT, "arg": 2},
-        {
-            "time_ns": 25,
-            "kind": Kind.REQUEST_ALL,
-            "vcpu": 0,
-            "detail": 7,
-            "arg": 0x300,
-            "requests": 2**64 - 1,
-            "tid": 9,
-        },
+        asked(25, 7, 0x300, 2**64 - 1),
         {"time_ns": 30, "kind": Kind.RUN_ENTER, "requests": 1},
         {"time_ns": 40, "kind": Kind.RUN_EXIT, "arg": 2, "requests": 0},
     )
@@ -422,17 +420,9 @@ def test_a_request_of_another_vm_or_of_other_vcpus_is_not() -> None:
     (row,) = lifecycles_of(
         BEGIN,
         {"time_ns": 20, "kind": Kind.RUN_EXIT, "arg": 2},
-        {
-            "time_ns": 24,
-            "kind": Kind.REQUEST_ALL,
-            "vcpu": 0,
-            "detail": 8,
-            "arg": 0x300,
-            "requests": 2**64 - 1,
-            "tid": 9,
-        },
-        {"time_ns": 25, "kind": Kind.REQUEST_ALL, "vcpu": 0, "detail": 7, "arg": 0x300, "requests": 1 << 5, "tid": 9},
-        {"time_ns": 26, "kind": Kind.REQUEST_ALL, "vcpu": 0, "detail": 7, "arg": 0x312, "requests": 1 << 4, "tid": 9},
+        asked(24, 8, 0x300, 2**64 - 1),
+        asked(25, 7, 0x300, 1 << 5),
+        asked(26, 7, 0x312, 1 << 4),
         {"time_ns": 30, "kind": Kind.RUN_ENTER, "requests": 1},
     )
     assert (row["end"], row["raised_by"], row["requester_tid"], row["kicked_ns"]) == ("open", "remote", 0, -1)
