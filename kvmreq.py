@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -67,6 +68,9 @@ class Stop:
         self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
+            # Python's own end gives a handler's signal its default back: one that comes then would kill what has
+            # succeeded.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _note(self, number: int, _frame: object) -> None:
         self.wanted = True

@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM: they ask for the end, and do no harm once it has come."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# An object of a module is taken down by Python's own end, after that has given signals their default back.
+LATE = """
+import os, sys
+import kvmreq
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=int(sys.argv[1])):
+        kill(pid, number)
+
+late = Late()
+stop = kvmreq.Stop()
+os.kill(os.getpid(), int(sys.argv[1]))
+print(stop.wanted, stop.number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_comes_when_all_is_done_changes_nothing(number: signal.Signals) -> None:
+    """As when the process that was to be traced ends, and the user stops the recorder in the same moment."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, str(int(number))], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"True {int(number)}\n", "")
