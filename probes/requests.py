@@ -122,7 +122,7 @@ def selected(wanted: Iterable[str], known: Names) -> dict[int, str]:
     return dict(sorted(chosen.items()))
 
 
-#: Requests that stand for something which the guest or its user would miss if it were dropped with the vCPU.
+#: Requests that stand for something which the guest, its user or its VMM would miss if it were dropped with the vCPU.
 STATE: Mapping[str, State] = MappingProxyType(
     {
         "triple_fault": State(
@@ -168,6 +168,12 @@ STATE: Mapping[str, State] = MappingProxyType(
             "nothing",
             "kvm_hv_set_msr_pw: the guest's write is kept nowhere but in the request (read in 5.10, 6.1, 6.12, 7.3)",
         ),
+        "report_tpr_access": State(
+            "a report to the VMM that the guest used its TPR (KVM_TPR_ACCESS_REPORTING)",
+            "nothing",
+            "__report_tpr_access: which instruction it was is in kvm_run, for the exit that the request makes; the "
+            "access itself is done, and the next one makes another report (read in 5.10, 6.1, 6.12, 7.3)",
+        ),
     }
 )
 
@@ -198,7 +204,6 @@ STATELESS: Mapping[str, str] = MappingProxyType(
         "pending_timer": "only wakes the vCPU; the timer is in the local APIC's state",
         "pmu": "counters are set up anew from their MSRs",
         "recalc_intercepts": "worked out anew from the settings of the VM",
-        "report_tpr_access": "KVM has done the access; only the report is left, and the next access makes another",
         "scan_ioapic": "worked out anew from the local APIC and its routes",
         "steal_update": "restoring MSR_KVM_STEAL_TIME raises it anew",
         "tlb_flush": "a new vCPU has no TLB entries",

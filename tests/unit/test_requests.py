@@ -136,6 +136,7 @@ def test_the_requests_that_a_save_must_keep() -> None:
         "ioapic_eoi_exit": "nothing",
         "hv_crash": "nothing",
         "hv_reset": "nothing",
+        "report_tpr_access": "nothing",
     }
     assert all(state.what and state.source for state in STATE.values())
 
