@@ -190,6 +190,13 @@ class _Cpuid(KvmCpuid2):
     _fields_ = [("room", KvmCpuidEntry2 * _CPUID_ENTRIES)]
 
 
+def cpuid_of(entry: KvmCpuidEntry2) -> KvmCpuid2:
+    """Return a CPUID with this entry alone."""
+    cpuid = _Cpuid(nent=1)
+    cpuid.room[0] = entry
+    return cpuid
+
+
 class _GuestDebugArch(ctypes.Structure):
     _fields_ = [("debugreg", ctypes.c_uint64 * 8)]
 
@@ -243,6 +250,39 @@ class KvmMsi(ctypes.Structure):
     ]
 
 
+class _RoutingMsi(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("address_lo", "address_hi", "data", "devid")]
+
+
+class _Routing(ctypes.Union):
+    _fields_ = [("msi", _RoutingMsi), ("pad", ctypes.c_uint32 * 8)]
+
+
+class KvmIrqRoutingEntry(ctypes.Structure):
+    """struct kvm_irq_routing_entry: of its union, the member that is used here."""
+
+    _fields_ = [*((name, ctypes.c_uint32) for name in ("gsi", "type", "flags", "pad")), ("u", _Routing)]
+
+
+class KvmIrqRouting(ctypes.Structure):
+    """struct kvm_irq_routing, which ends in an array of any length."""
+
+    _fields_ = [("nr", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("entries", KvmIrqRoutingEntry * 0)]
+
+
+class _OneRoute(KvmIrqRouting):
+    _fields_ = [("room", KvmIrqRoutingEntry * 1)]
+
+
+class KvmTprAccessCtl(ctypes.Structure):
+    """struct kvm_tpr_access_ctl."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("enabled", "flags")),
+        ("reserved", ctypes.c_uint32 * 8),
+    ]
+
+
 class KvmLapicState(ctypes.Structure):
     """struct kvm_lapic_state: the registers of a local APIC, each in the first 4 of 16 bytes."""
 
@@ -278,11 +318,21 @@ class _RunInternal(ctypes.Structure):
     _fields_ = [("suberror", ctypes.c_uint32), ("ndata", ctypes.c_uint32), ("data", ctypes.c_uint64 * 16)]
 
 
+class _RunSystemEvent(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_uint32)]
+
+
+class _RunEoi(ctypes.Structure):
+    _fields_ = [("vector", ctypes.c_uint8)]
+
+
 class _RunExit(ctypes.Union):
     _fields_ = [
         ("io", _RunIo),
         ("mmio", _RunMmio),
         ("internal", _RunInternal),
+        ("system_event", _RunSystemEvent),
+        ("eoi", _RunEoi),
         ("padding", ctypes.c_char * 256),
     ]
 
@@ -344,6 +394,7 @@ class Ioctl(IntEnum):
     KVM_SET_USER_MEMORY_REGION = _iow(0x46, KvmUserspaceMemoryRegion)
     KVM_SET_TSS_ADDR = _io(0x47)
     KVM_CREATE_IRQCHIP = _io(0x60)
+    KVM_SET_GSI_ROUTING = _iow(0x6A, KvmIrqRouting)
     KVM_SET_CLOCK = _iow(0x7B, KvmClockData)
     KVM_RUN = _io(0x80)
     KVM_GET_REGS = _ior(0x81, KvmRegs)
@@ -354,6 +405,7 @@ class Ioctl(IntEnum):
     KVM_GET_LAPIC = _ior(0x8E, KvmLapicState)
     KVM_SET_LAPIC = _iow(0x8F, KvmLapicState)
     KVM_SET_CPUID2 = _iow(0x90, KvmCpuid2)
+    KVM_TPR_ACCESS_REPORTING = _iowr(0x92, KvmTprAccessCtl)
     KVM_GET_MP_STATE = _ior(0x98, KvmMpState)
     KVM_SET_MP_STATE = _iow(0x99, KvmMpState)
     KVM_NMI = _io(0x9A)
@@ -372,15 +424,18 @@ class Cap(IntEnum):
     """The capabilities that the lab asks for."""
 
     KVM_CAP_IRQCHIP = 0
+    KVM_CAP_VAPIC = 6
     KVM_CAP_MP_STATE = 14
     KVM_CAP_USER_NMI = 22
     KVM_CAP_SET_GUEST_DEBUG = 23
     KVM_CAP_MCE = 31
     KVM_CAP_ADJUST_CLOCK = 39
+    KVM_CAP_HYPERV = 44
     KVM_CAP_SYNC_REGS = 74
     KVM_CAP_SIGNAL_MSI = 77
     KVM_CAP_X86_SMM = 117
     KVM_CAP_MULTI_ADDRESS_SPACE = 118
+    KVM_CAP_SPLIT_IRQCHIP = 121
     KVM_CAP_IMMEDIATE_EXIT = 136
     KVM_CAP_DIRTY_LOG_RING = 192
     KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
@@ -396,7 +451,10 @@ class Exit(IntEnum):
     KVM_EXIT_SHUTDOWN = 8
     KVM_EXIT_FAIL_ENTRY = 9
     KVM_EXIT_INTR = 10
+    KVM_EXIT_TPR_ACCESS = 12
     KVM_EXIT_INTERNAL_ERROR = 17
+    KVM_EXIT_SYSTEM_EVENT = 24
+    KVM_EXIT_IOAPIC_EOI = 26
     KVM_EXIT_DIRTY_RING_FULL = 31
 
 
@@ -415,6 +473,9 @@ KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 0x20
 KVM_GUESTDBG_ENABLE = 1
 KVM_GUESTDBG_SINGLESTEP = 2
 KVM_INTERNAL_ERROR_EMULATION = 1
+KVM_SYSTEM_EVENT_RESET = 2
+KVM_SYSTEM_EVENT_CRASH = 3
+KVM_IRQ_ROUTING_MSI = 2
 KVM_EXIT_IO_IN = 0
 
 # The dirty ring: where a vCPU's fd maps it, in pages, and what KVM and the VMM say of its entries.
@@ -612,6 +673,17 @@ class Vm(_File):
         """Put the interrupt controllers into the kernel; before the first vCPU."""
         self.ioctl(Ioctl.KVM_CREATE_IRQCHIP)
 
+    def split_irqchip(self, pins: int) -> None:
+        """Put the local APICs into the kernel, and leave an I/O APIC with so many pins to user space."""
+        self.enable_cap(Cap.KVM_CAP_SPLIT_IRQCHIP, pins)
+
+    def route_msi(self, pin: int, vcpu_id: int, data: int) -> None:
+        """Have a pin of the I/O APIC, and no other, send a message to the local APIC of a vCPU."""
+        routes = _OneRoute(nr=1)
+        routes.room[0] = KvmIrqRoutingEntry(gsi=pin, type=KVM_IRQ_ROUTING_MSI)
+        routes.room[0].u.msi = _RoutingMsi(address_lo=_MSI_ADDRESS | vcpu_id << 12, data=data)
+        self.ioctl(Ioctl.KVM_SET_GSI_ROUTING, routes)
+
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """Create a vCPU in the state that follows a reset."""
         return Vcpu(self, self.ioctl(Ioctl.KVM_CREATE_VCPU, vcpu_id))
@@ -622,6 +694,8 @@ RUN_TIMEOUT_S = 5.0
 # Intel SDM volume 3, "Spurious-Interrupt Vector Register".
 _LAPIC_SPURIOUS_VECTOR = 0xF0
 _LAPIC_ENABLED = 1 << 8
+# Intel SDM volume 3, "Detecting and Enabling x2APIC Mode": IA32_APIC_BASE.
+_X2APIC = 1 << 10
 
 
 class Vcpu(_File):
@@ -713,6 +787,16 @@ class Vcpu(_File):
         vector = ctypes.c_uint32.from_buffer(lapic, _LAPIC_SPURIOUS_VECTOR)
         vector.value |= _LAPIC_ENABLED
         self.ioctl(Ioctl.KVM_SET_LAPIC, lapic)
+
+    def enable_x2apic(self) -> None:
+        """Let the guest reach its local APIC by MSRs; its CPUID must allow it."""
+        sregs = self.get_sregs()
+        sregs.apic_base |= _X2APIC
+        self.set_sregs(sregs)
+
+    def report_tpr_access(self) -> None:
+        """Ask for KVM_EXIT_TPR_ACCESS after each access of the guest to its TPR."""
+        self.ioctl(Ioctl.KVM_TPR_ACCESS_REPORTING, KvmTprAccessCtl(enabled=1))
 
     def get_vcpu_events(self) -> KvmVcpuEvents:
         """Return the pending events: what a VMM saves."""

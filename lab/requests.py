@@ -11,24 +11,30 @@ import itertools
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import cast
 
 from lab.kvm import (
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_SINGLESTEP,
     KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_SYSTEM_EVENT_CRASH,
+    KVM_SYSTEM_EVENT_RESET,
     KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SMM,
     RUN_TIMEOUT_S,
     Cap,
     Exit,
     Kvm,
+    KvmCpuidEntry2,
     KvmVcpuEvents,
     LabError,
     Pages,
     TimedOut,
     Vcpu,
     Vm,
+    cpuid_of,
 )
 from lab.stage import (
     CODE_GPA,
@@ -42,9 +48,11 @@ from lab.stage import (
     no_hardware,
     no_immediate_exit,
     no_mce,
+    no_single_step,
     no_smm,
     raise_by_mce,
     run_until,
+    save_blindly,
     scenario,
     shut_down,
 )
@@ -60,6 +68,34 @@ def no_user_nmi(kvm: Kvm) -> str | None:
 def no_set_clock(kvm: Kvm) -> str | None:
     """Say why a VM's clock cannot be set."""
     return None if kvm.check_extension(Cap.KVM_CAP_ADJUST_CLOCK) else "no KVM_CAP_ADJUST_CLOCK"
+
+
+def no_hyperv(kvm: Kvm) -> str | None:
+    """Say why a guest has none of Hyper-V's MSRs."""
+    return None if kvm.check_extension(Cap.KVM_CAP_HYPERV) else "no KVM_CAP_HYPERV"
+
+
+def no_x2apic(kvm: Kvm) -> str | None:
+    """Say why a guest cannot reach its local APIC by MSRs.
+
+    CPUID 1, ECX bit 21 (Intel SDM volume 3, "Detecting and Enabling x2APIC Mode").
+    """
+    return None if kvm.supports(1, "ecx", 21) else "no x2APIC"
+
+
+def no_tpr_reports(kvm: Kvm) -> str | None:
+    """Say why KVM does not report what a guest does with its TPR."""
+    return None if kvm.check_extension(Cap.KVM_CAP_VAPIC) else "no KVM_CAP_VAPIC"
+
+
+def no_guest_eoi(kvm: Kvm) -> str | None:
+    """Say why KVM may have ended a level-triggered interrupt before the guest does: seen where KVM emulates guests."""
+    return "no VMX and no SVM: KVM ends an interrupt when the guest gets it" if no_hardware(kvm) else None
+
+
+def no_split_irqchip(kvm: Kvm) -> str | None:
+    """Say why the I/O APIC cannot be in user space, with the local APICs in the kernel."""
+    return None if kvm.check_extension(Cap.KVM_CAP_SPLIT_IRQCHIP) else "no KVM_CAP_SPLIT_IRQCHIP"
 
 
 # --- guests -------------------------------------------------------------------------------------------------
@@ -444,6 +480,167 @@ def slot_while_running(stage: Stage) -> Outcome | None:
             with contextlib.suppress(TimedOut):
                 one.result()
     return _UNSEEN_WHILE_RUNNING if no_hardware(stage.kvm) else None
+
+
+# --- what a guest orders by an MSR, and user space has to do -------------------------------------------------
+
+# Goes to user space for ever. Its handler writes to an MSR.
+#   fb              sti
+#   e6 80           1: out %al, $0x80
+#   eb fc              jmp 1b
+# the handler:
+#   e6 81           out %al, $0x81
+#   0f 30           wrmsr
+#   e6 80           out %al, $0x80
+#   cf              iret
+ORDERING = bytes.fromhex("fb e680 ebfc").ljust(_HANDLER_AT, b"\xf4") + bytes.fromhex("e681 0f30 e680 cf")
+_WRMSR_AT = CODE_GPA + _HANDLER_AT + 2
+_AFTER_WRMSR = _WRMSR_AT + 2
+_MOST_STEPS = 3  # the OUT before it may be one
+
+# Intel SDM volume 3, "x2APIC Register Address Space".
+_X2APIC_TPR, _X2APIC_EOI = 0x808, 0x80B
+# Hypervisor Top Level Functional Specification: "Reset", "Crash Enlightenments", and CPUID 0x40000001, without which
+# KVM refuses a guest those MSRs (Linux commit 8f014550dfb1 ("KVM: x86: hyper-v: Make Hyper-V emulation enablement
+# conditional")).
+_HV_X64_MSR_RESET, _HV_X64_MSR_CRASH_CTL = 0x4000_0003, 0x4000_0105
+_HV_CRASH_NOTIFY = 1 << 63
+_HYPERV = KvmCpuidEntry2(function=0x4000_0001, eax=int.from_bytes(b"Hv#1", "little"))
+
+
+def _order(vcpu: Vcpu, msr: int, value: int = 0) -> None:
+    """Have the guest write to an MSR. Single-stepping ends KVM_RUN then, before KVM looks at requests again."""
+    regs = vcpu.get_regs()
+    regs.rcx, regs.rdx, regs.rax = msr, value >> 32, value & 0xFFFF_FFFF
+    vcpu.set_regs(regs)
+    vcpu.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+    for _ in range(_MOST_STEPS):
+        run_until(vcpu, Exit.KVM_EXIT_DEBUG)
+        if vcpu.get_regs().rip == _AFTER_WRMSR:
+            vcpu.set_guest_debug(0)
+            return
+    raise LabError(f"the guest is at {vcpu.get_regs().rip:#x}, not behind its WRMSR at {_AFTER_WRMSR:#x}")
+
+
+def _ordered(request: str) -> tuple[Lifecycle, Lifecycle]:
+    """Return what becomes of one that KVM services, and of one that a save drops."""
+    return (
+        lifecycle("serviced", request=request, raised_by="kvm_run", userspace_exits=1),
+        lifecycle("lost", request=request, vm=1, raised_by="kvm_run", userspace_exits=1, blind_saves=1),
+    )
+
+
+def _one_done_one_lost(
+    order: Callable[[], contextlib.AbstractContextManager[Vcpu]], told: Callable[[Vcpu], None]
+) -> None:
+    """Give an order in two VMs; let KVM tell user space of the first one, and save the second VM instead."""
+    with order() as vcpu:
+        told(vcpu)
+        _run_to(vcpu, _IDLE_PORT)
+    with order() as vcpu:
+        save_blindly(vcpu)
+
+
+@contextlib.contextmanager
+def _hyperv_order(stage: Stage, msr: int, value: int) -> Iterator[Vcpu]:
+    with stage.guest(rip=_WRMSR_AT) as vcpu:
+        vcpu.set_cpuid(cpuid_of(_HYPERV))
+        _order(vcpu, msr, value)
+        yield vcpu
+
+
+def _system_event(vcpu: Vcpu, wanted: int) -> None:
+    run_until(vcpu, Exit.KVM_EXIT_SYSTEM_EVENT)
+    if vcpu.kvm_run.system_event.type != wanted:
+        raise LabError(f"KVM_EXIT_SYSTEM_EVENT has type {vcpu.kvm_run.system_event.type}, not {wanted}")
+
+
+@scenario(
+    *_ordered("hv_reset"),
+    needs=[no_hyperv, no_single_step],
+    code=ORDERING,
+    vms=2,
+    about=["hv_reset"],
+)
+def hv_reset(stage: Stage) -> None:
+    """Two guests order their reset; a save drops one order."""
+    _one_done_one_lost(
+        lambda: _hyperv_order(stage, _HV_X64_MSR_RESET, 1),
+        lambda vcpu: _system_event(vcpu, KVM_SYSTEM_EVENT_RESET),
+    )
+
+
+@scenario(
+    *_ordered("hv_crash"),
+    needs=[no_hyperv, no_single_step],
+    code=ORDERING,
+    vms=2,
+    about=["hv_crash"],
+)
+def hv_crash(stage: Stage) -> None:
+    """Two guests say that they crashed; a save drops one word."""
+    _one_done_one_lost(
+        lambda: _hyperv_order(stage, _HV_X64_MSR_CRASH_CTL, _HV_CRASH_NOTIFY),
+        lambda vcpu: _system_event(vcpu, KVM_SYSTEM_EVENT_CRASH),
+    )
+
+
+@scenario(
+    *_ordered("report_tpr_access"),
+    needs=[no_msi, no_x2apic, no_tpr_reports, no_single_step],
+    code=ORDERING,
+    vms=2,
+    about=["report_tpr_access"],
+)
+def tpr_access(stage: Stage) -> None:
+    """Two guests use their TPR; a save drops one report."""
+
+    @contextlib.contextmanager
+    def used() -> Iterator[Vcpu]:
+        with stage.guest(irqchip=True, rip=_WRMSR_AT) as vcpu:
+            vcpu.set_cpuid(stage.kvm.get_supported_cpuid())
+            vcpu.enable_x2apic()
+            vcpu.report_tpr_access()
+            _order(vcpu, _X2APIC_TPR)
+            yield vcpu
+
+    _one_done_one_lost(used, lambda vcpu: run_until(vcpu, Exit.KVM_EXIT_TPR_ACCESS))
+
+
+# Intel SDM volume 3, "Message Data Register Format": asserted, level-triggered.
+_LEVEL = 1 << 15 | 1 << 14
+
+
+@scenario(
+    *_ordered("ioapic_eoi_exit"),
+    needs=[no_msi, no_x2apic, no_split_irqchip, no_single_step, no_guest_eoi],
+    code=ORDERING,
+    vms=2,
+    about=["ioapic_eoi_exit"],
+)
+def interrupt_ended(stage: Stage) -> None:
+    """Two guests end a level interrupt; a save drops one end."""
+
+    @contextlib.contextmanager
+    def ended() -> Iterator[Vcpu]:
+        with stage.guest(split_irqchip=True) as vcpu:
+            _handle(vcpu.vm, _VECTOR)
+            vcpu.set_cpuid(stage.kvm.get_supported_cpuid())
+            vcpu.enable_x2apic()
+            vcpu.enable_lapic()
+            vcpu.vm.route_msi(0, 0, _LEVEL | _VECTOR)
+            _run_to(vcpu, _IDLE_PORT)
+            vcpu.vm.signal_msi(0, _LEVEL | _VECTOR)
+            _run_to(vcpu, _HANDLER_PORT)
+            _order(vcpu, _X2APIC_EOI)
+            yield vcpu
+
+    def told(vcpu: Vcpu) -> None:
+        run_until(vcpu, Exit.KVM_EXIT_IOAPIC_EOI)
+        if vcpu.kvm_run.eoi.vector != _VECTOR:
+            raise LabError(f"KVM_EXIT_IOAPIC_EOI has vector {vcpu.kvm_run.eoi.vector:#x}, not {_VECTOR:#x}")
+
+    _one_done_one_lost(ended, told)
 
 
 # --- the end ------------------------------------------------------------------------------------------------

@@ -311,6 +311,7 @@ def no_nested_svm(kvm: Kvm) -> str | None:
 CODE_GPA = 0x1000
 _MEMORY_SIZE = 0x10000
 _TSS_GPA = 0xFFFB_D000  # three pages that no guest here uses
+_IOAPIC_PINS = 24
 _PORT = 0x80
 _ALIVE = 0x2A
 
@@ -406,7 +407,9 @@ class Stage:
         self._code = code
 
     @contextlib.contextmanager
-    def vm(self, *, triple_fault_event: bool = False, irqchip: bool = False) -> Iterator[Vm]:
+    def vm(
+        self, *, triple_fault_event: bool = False, irqchip: bool = False, split_irqchip: bool = False
+    ) -> Iterator[Vm]:
         """Create a VM with the scenario's code in its memory."""
         with self.kvm.create_vm() as vm:
             self.vms += 1
@@ -414,15 +417,25 @@ class Stage:
             vm.set_tss_addr(_TSS_GPA)
             if irqchip:
                 vm.create_irqchip()
+            if split_irqchip:
+                vm.split_irqchip(_IOAPIC_PINS)
             vm.add_memory(0, _MEMORY_SIZE).write(CODE_GPA, self._code)
             if triple_fault_event:
                 set_triple_fault_event(vm, True)
             yield vm
 
     @contextlib.contextmanager
-    def guest(self, *, triple_fault_event: bool = False, irqchip: bool = False, rip: int = CODE_GPA) -> Iterator[Vcpu]:
+    def guest(
+        self,
+        *,
+        triple_fault_event: bool = False,
+        irqchip: bool = False,
+        split_irqchip: bool = False,
+        rip: int = CODE_GPA,
+    ) -> Iterator[Vcpu]:
         """Create a VM with one vCPU that is about to run the scenario's code."""
-        with self.vm(triple_fault_event=triple_fault_event, irqchip=irqchip) as vm, vm.create_vcpu(0) as vcpu:
+        made = self.vm(triple_fault_event=triple_fault_event, irqchip=irqchip, split_irqchip=split_irqchip)
+        with made as vm, vm.create_vcpu(0) as vcpu:
             start(vcpu, rip)
             yield vcpu
 
