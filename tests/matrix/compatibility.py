@@ -25,11 +25,13 @@ HEAD = """\
 # Compatibility
 
 Which engine is right on which kernel, as seen: every scenario of the lab (`kvmreq lab list`) and three of KVM's own
-selftests were run on stock Debian kernels, in QEMU with emulated SVM, while each engine recorded. The verdicts were
-then compared with what each scenario must give. `make matrix` does it again, `make matrix KERNELS="6.1 7.3"` for some;
-`python -m tests.matrix.compatibility .cache/matrix/results/*.json` writes this page from what that leaves.
+selftests were run on stock Debian kernels, in QEMU with emulated SVM, while each engine recorded every request. The
+verdicts were then compared with what each scenario must give. `make matrix` does it again, `make matrix
+KERNELS="6.1 7.3"` for some; `python -m tests.matrix.compatibility .cache/matrix/results/*.json` writes this page from
+what that leaves.
 
-- **exact**: every request, its end, who raised it, its saves and exits, and every shutdown: as it must be, no doubt
+- **exact**: every request that the scenario is about, its end, who raised it, its saves and exits, and every shutdown:
+  as it must be, no doubt
 - **declared**: the same, but for what the engine says that it cannot see (below)
 - **wrong**: anything else
 - **cannot run**: the kernel lacks what the scenario needs

@@ -352,7 +352,7 @@ def main(words: Sequence[str]) -> int:
         "--counts", action="store_true", help="compare what is counted with what tracefs counts, as well"
     )
     parser.add_argument("--together", nargs=2, default=(), metavar="ENGINE", help="these two at the same time, as well")
-    parser.add_argument("--requests", default="triple_fault", help="as of record, for the recording of each engine")
+    parser.add_argument("--requests", default="all", help="as of record, for the recording of each engine")
     parser.add_argument("--detail", default="boundary", help="as of record, for the recording of each engine")
     parser.add_argument("--scenarios", nargs="+", metavar="NAME", help="these scenarios only (default: all)")
     arguments = parser.parse_args(words)
