@@ -31,8 +31,6 @@ _COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries", "guest
 # BCC runs an optimiser of its own after clang's: one of them is enough, and nobody reads the debug information.
 _CFLAGS = ["-Wno-unused-function", "-g0", "-Xclang", "-disable-llvm-passes"]
 
-_BPF_OBJ_GET_INFO_BY_FD = 15  # enum bpf_cmd, uapi linux/bpf.h
-
 
 class _ProgInfo(ctypes.Structure):
     # struct bpf_prog_info (uapi linux/bpf.h), as far as recursion_misses. Linux commit 9ed9e9ba2337
@@ -43,11 +41,6 @@ class _ProgInfo(ctypes.Structure):
         ("run_cnt", ctypes.c_uint64),
         ("recursion_misses", ctypes.c_uint64),
     )
-
-
-class _GetInfo(ctypes.Structure):
-    # The `info` member of union bpf_attr (uapi linux/bpf.h).
-    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
 
 
 @contextmanager
@@ -217,8 +210,7 @@ class Engine:
         total = 0
         for function in self._bpf.funcs.values():
             info = _ProgInfo()
-            request = _GetInfo(function.fd, ctypes.sizeof(info), ctypes.addressof(info))
-            if host.bpf_syscall(_BPF_OBJ_GET_INFO_BY_FD, request) >= 0:
+            if host.bpf_info(function.fd, info):
                 total += info.recursion_misses
         return total
 

@@ -17,7 +17,7 @@ from tracer import host
 FUNCTION = "kvm_vcpu_ioctl"  # what every plan needs
 
 # enum bpf_cmd, bpf_prog_type and bpf_attach_type (uapi linux/bpf.h), stable ABI.
-_PROG_LOAD, _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 5, 15, 17, 19, 23
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _BTF_GET_FD_BY_ID, _BTF_GET_NEXT_ID = 5, 17, 19, 23
 _TYPE_TRACING, _TRACE_FENTRY = 26, 24
 # r0 = 0; exit
 _NOTHING = bytes.fromhex("b700000000000000 9500000000000000")
@@ -46,11 +46,6 @@ class _Load(ctypes.Structure):
 class _Numbers(ctypes.Structure):
     # union bpf_attr of BPF_BTF_GET_NEXT_ID (start_id, next_id) and BPF_BTF_GET_FD_BY_ID (btf_id).
     _fields_ = (("one", ctypes.c_uint32), ("two", ctypes.c_uint32), ("flags", ctypes.c_uint32))
-
-
-class _Info(ctypes.Structure):
-    # union bpf_attr of BPF_OBJ_GET_INFO_BY_FD.
-    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
 
 
 class _BtfInfo(ctypes.Structure):
@@ -159,8 +154,7 @@ def _module_btf(module: str) -> int:
         if found < 0:
             continue  # unloaded meanwhile
         info = _BtfInfo(name=ctypes.addressof(name), name_len=len(name))
-        told = host.bpf_syscall(_OBJ_GET_INFO_BY_FD, _Info(found, ctypes.sizeof(info), ctypes.addressof(info)))
-        if told >= 0 and info.kernel_btf and name.value.decode(errors="replace") == module:
+        if host.bpf_info(found, info) and info.kernel_btf and name.value.decode(errors="replace") == module:
             return found
         os.close(found)
     return result

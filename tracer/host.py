@@ -242,3 +242,20 @@ def bpf_syscall(command: int, attributes: ctypes.Structure) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     result = int(libc.syscall(321, command, ctypes.byref(attributes), ctypes.sizeof(attributes)))
     return result if result >= 0 else -ctypes.get_errno()
+
+
+_BPF_OBJ_GET_INFO_BY_FD = 15  # enum bpf_cmd, uapi linux/bpf.h
+
+
+class _GetInfo(ctypes.Structure):
+    # The `info` member of union bpf_attr (uapi linux/bpf.h).
+    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
+
+
+def bpf_info(descriptor: int, info: ctypes.Structure) -> bool:
+    """Have the kernel fill in what it knows of a program or of BTF, and tell whether it did.
+
+    ``info`` is a struct bpf_prog_info or bpf_btf_info (uapi linux/bpf.h), or the first part of one.
+    """
+    request = _GetInfo(descriptor, ctypes.sizeof(info), ctypes.addressof(info))
+    return bpf_syscall(_BPF_OBJ_GET_INFO_BY_FD, request) >= 0

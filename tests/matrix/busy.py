@@ -6,7 +6,6 @@ prime number of requests: on its own thread, in user space, in guest mode, halte
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -16,19 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lab.kvm import CallFailed, Cap, Exit, Ioctl, Kvm, KvmUserspaceMemoryRegion, LabError, MpState, Pages, Vcpu, Vm
+from lab.kvm import CallFailed, Cap, Exit, Ioctl, Kvm, LabError, MpState, Pages, Vcpu
 
 # How often each part does what it does: prime, so that a factor cannot hide.
 NMIS, SMIS, INTERRUPTS, CLOCKS, SPIN_NMIS, HALT_NMIS, MEMSLOTS = 23, 13, 17, 19, 37, 31, 29
 WAIT_S = 60.0
 _CPUS = os.sched_getaffinity(0)
 
-# ioctls (uapi linux/kvm.h) that the lab has no name for.
-_KVM_NMI, _KVM_SMI, _KVM_INTERRUPT = 0xAE9A, 0xAEB7, 0x4004AE86
-_KVM_SET_CLOCK, _KVM_SIGNAL_MSI = 0x4030AE7B, 0x4020AEA5
-_KVM_GET_LAPIC, _KVM_SET_LAPIC = 0x8400AE8E, 0x4400AE8F
-_SPURIOUS_VECTOR, _APIC_ENABLED = 0xF0, 1 << 8  # its register, and a bit of it (Intel SDM volume 3)
-_MSI_TO, _MSI_NMI = 0xFEE0_0000, 0x400  # to the local APIC of bits 12 to 19, as an NMI (Intel SDM volume 3)
+_NMI_MESSAGE = 0x400  # delivery mode of an MSI (Intel SDM volume 3)
 
 # The guest, in real mode with all segments at 0. Both vCPUs run the same code, each with counters and flags of its own
 # at DI: the number of NMIs that it has taken at 0, whether it is to go on at 4, how often it has spun at 6.
@@ -57,42 +51,7 @@ _SPINS = bytes.fromhex("ff4506807d040074f7e410")
 _HALTS = bytes.fromhex("f4807d040074f9e410")
 _INTERRUPT_FLAG = 0x202
 _VECTOR = 0x20
-_OTHER_MEMORY_GPA, _OTHER_SLOT = 0x10_0000, 7
-
-
-class _Interrupt(ctypes.Structure):
-    _fields_ = (("irq", ctypes.c_uint32),)
-
-
-class _Lapic(ctypes.Structure):
-    _fields_ = (("regs", ctypes.c_uint8 * 1024),)
-
-
-class _ClockData(ctypes.Structure):
-    _fields_ = (("clock", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("pad", ctypes.c_uint32 * 9))
-
-
-class _Msi(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_uint32) for name in ("address_lo", "address_hi", "data", "flags")),
-        ("pad", ctypes.c_uint8 * 16),
-    )
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _ioctl(file: Vm | Vcpu, request: int, argument: ctypes.Structure | None = None) -> None:
-    if _libc.ioctl(file.fd, ctypes.c_ulong(request), ctypes.byref(argument) if argument is not None else None) < 0:
-        raise CallFailed(f"ioctl {request:#x}", ctypes.get_errno())
-
-
-def _enable_apic(vcpu: Vcpu) -> None:
-    # What is sent to a vCPU's APIC finds it once it is enabled: KVM makes its table of them then.
-    lapic = _Lapic()
-    _ioctl(vcpu, _KVM_GET_LAPIC, lapic)
-    ctypes.c_uint32.from_buffer(lapic, _SPURIOUS_VECTOR).value |= _APIC_ENABLED
-    _ioctl(vcpu, _KVM_SET_LAPIC, lapic)
+_OTHER_MEMORY_GPA = 0x10_0000
 
 
 def _until(what: str, holds: Callable[[], bool]) -> None:
@@ -135,7 +94,7 @@ class _Machine:
         if irqchip:
             for vcpu in self.vcpus:
                 vcpu.set_mp_state(MpState.KVM_MP_STATE_RUNNABLE)  # the second one waits for a SIPI otherwise
-                _enable_apic(vcpu)
+                vcpu.enable_lapic()
 
     def close(self) -> None:
         for vcpu in self.vcpus:
@@ -178,7 +137,7 @@ class _Machine:
     def nmi_from_outside(self, number: int) -> None:
         """Send a vCPU an NMI from a thread that is not its own, and wait until it has taken it."""
         before = self.counted(number)
-        _ioctl(self.vm, _KVM_SIGNAL_MSI, _Msi(address_lo=_MSI_TO | number << 12, data=_MSI_NMI))
+        self.vm.signal_msi(number, _NMI_MESSAGE)
         _until("it took an NMI", lambda: self.counted(number) == before + 1)
 
 
@@ -186,19 +145,19 @@ def _on_its_own(machine: _Machine, smm: bool) -> None:
     # Between two KVM_RUNs of its own thread, each taken by the next one.
     machine.put(0, _ASK)
     for _ in range(NMIS):
-        _ioctl(machine.vcpus[0], _KVM_NMI)
+        machine.vcpus[0].nmi()
         machine.ask(0)
     if machine.counted(0) != NMIS:
         raise LabError(f"the guest has taken {machine.counted(0)} of {NMIS} NMIs")
     for _ in range(SMIS if smm else 0):
-        _ioctl(machine.vcpus[0], _KVM_SMI)
+        machine.vcpus[0].smi()
         machine.ask(0)
 
 
 def _interrupts(machine: _Machine) -> None:
     machine.put(0, _ASK)
     for _ in range(INTERRUPTS):
-        _ioctl(machine.vcpus[0], _KVM_INTERRUPT, _Interrupt(irq=_VECTOR))
+        machine.vcpus[0].interrupt(_VECTOR)
         machine.ask(0)
     if machine.counted(0) != INTERRUPTS:
         raise LabError(f"the guest has taken {machine.counted(0)} of {INTERRUPTS} interrupts")
@@ -209,7 +168,7 @@ def _in_user_space(machine: _Machine) -> None:
     for number in range(2):
         machine.put(number, _ASK)
     for _ in range(CLOCKS):
-        _ioctl(machine.vm, _KVM_SET_CLOCK, _ClockData(clock=time.monotonic_ns()))
+        machine.vm.set_clock(time.monotonic_ns())
         for number in range(2):
             machine.ask(number)
 
@@ -239,7 +198,7 @@ def _running(machine: _Machine, code: int, numbers: Sequence[int], work: Callabl
     for number in numbers:
         machine.go_on(number)
         if code == _HALT:
-            _ioctl(machine.vm, _KVM_SIGNAL_MSI, _Msi(address_lo=_MSI_TO | number << 12, data=_MSI_NMI))
+            machine.vm.signal_msi(number, _NMI_MESSAGE)
     for thread in threads:
         thread.join(WAIT_S)
     os.sched_setaffinity(0, _CPUS)
@@ -250,9 +209,10 @@ def _running(machine: _Machine, code: int, numbers: Sequence[int], work: Callabl
 def _move_memory(machine: _Machine, number: int, pages: Pages) -> None:
     for times in range(MEMSLOTS):
         machine.spins(number)
-        region = KvmUserspaceMemoryRegion(_OTHER_SLOT, 0, _OTHER_MEMORY_GPA, pages.size if times % 2 == 0 else 0)
-        region.userspace_addr = pages.address
-        machine.vm.ioctl(Ioctl.KVM_SET_USER_MEMORY_REGION, region)
+        if times % 2 == 0:
+            machine.vm.place_memory(pages, _OTHER_MEMORY_GPA)
+        else:
+            machine.vm.remove_memory(pages)
 
 
 def _spinning(machine: _Machine, number: int) -> None:
@@ -269,9 +229,9 @@ def _halting(machine: _Machine, number: int) -> None:
 def known(*, smm: bool) -> list[tuple[int, str, int]]:
     """Return which request is pending after which ioctl of a vCPU, and how often that is done."""
     return [
-        (_KVM_NMI, "nmi", NMIS),
-        (_KVM_INTERRUPT, "event", INTERRUPTS),
-        *([(_KVM_SMI, "smi", SMIS)] if smm else []),
+        (Ioctl.KVM_NMI, "nmi", NMIS),
+        (Ioctl.KVM_INTERRUPT, "event", INTERRUPTS),
+        *([(Ioctl.KVM_SMI, "smi", SMIS)] if smm else []),
     ]
 
 
@@ -289,10 +249,9 @@ def work() -> dict[str, Any]:
         for alone_in_guest_mode in range(2):
             _running(machine, _SPIN, [alone_in_guest_mode], lambda number: _spinning(machine, number))
         _running(machine, _HALT, range(2), lambda number: _halting(machine, number))
-        pages = Pages(0x10000)
+        pages = machine.vm.add_memory(_OTHER_MEMORY_GPA, 0x10000)
         _running(machine, _SPIN, range(2), lambda number: _move_memory(machine, number, pages))
         machine.close()
-        pages.close()
     return {"pid": os.getpid(), "smm": smm}
 
 
