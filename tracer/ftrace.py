@@ -82,7 +82,7 @@ def no_probe_events(root: Path) -> str | None:
 def locked_down() -> str | None:
     """Say that lockdown forbids tracefs, if it does."""
     # Linux commit 17911ff38aa5 ("tracing: Add locked_down checks to the open calls of files created for tracefs")
-    # (in v5.5).
+    # (in v5.4).
     if host.lockdown() == "confidentiality":
         return "the kernel is locked down (confidentiality): tracefs is refused"
     return None

@@ -25,7 +25,7 @@ _MISSED_STORED = 1 << 30
 # enum ring_buffer_type (events/header_event): type_len of what is no record of up to 28 words.
 _PADDING, _TIME_EXTEND, _TIME_STAMP = 29, 30, 31
 _DELTA_BITS = 27
-# An absolute time has 59 bits; the rest is that of the time before. Linux commit 6695da58f9a9
+# An absolute time has 59 bits; the rest is that of the time before. Linux commit 6695da58f944
 # ("ring-buffer: Have absolute time stamps handle large numbers") (in v5.19).
 _ABSOLUTE_BITS = 59
 
