@@ -418,7 +418,7 @@ def demo(arguments: argparse.Namespace) -> int:
 
     stop = Stop()
     path = arguments.output or _default_directory("kvmreq-demo")
-    recorder = Recorder(path, Wish(engine=arguments.engine))
+    recorder = Recorder(path, Wish(engine=arguments.engine, requests=("all",)))
     recorder.start()
     note(f"tracing with the {recorder.plan.engine} engine into {path}")
     runs: list[runner.Run] = []
