@@ -136,7 +136,10 @@ class Outcome:
         requests: dict[str, dict[str, None]] = {}
         for one in known:
             requests.setdefault(one.get("end", "seen"), {})[request_of(one)] = None
-        ends = ", ".join(_of_requests(end, list(names)) for end, names in requests.items()) or "no request"
+        told: dict[tuple[str, ...], list[str]] = {}
+        for end, names in requests.items():
+            told.setdefault(tuple(names), []).append(end)
+        ends = ", ".join(_of_requests(several, names) for names, several in told.items()) or "no request"
         return f"{ends}; hardware shutdown" if self.hardware_shutdowns else ends
 
     def seen(self, tells: Collection[str]) -> Outcome:
@@ -168,13 +171,13 @@ def request_of(lifecycle: Mapping[str, object]) -> str:
 
 def in_words(lifecycle: Lifecycle) -> str:
     """Return what became of a request, and of which one if it is not a triple fault."""
-    return _of_requests(lifecycle["end"], [request_of(lifecycle)])
+    return _of_requests([lifecycle["end"]], [request_of(lifecycle)])
 
 
-def _of_requests(end: str, requests: Sequence[str]) -> str:
+def _of_requests(ends: Sequence[str], requests: Sequence[str]) -> str:
     if list(requests) == [TRIPLE_FAULT]:
-        return end
-    return f"{requests[0] if len(requests) == 1 else f'{len(requests)} requests'} {end}"
+        return ", ".join(ends)
+    return f"{requests[0] if len(requests) == 1 else f'{len(requests)} requests'} {' and '.join(ends)}"
 
 
 # Says why a host cannot run a scenario, if it cannot.

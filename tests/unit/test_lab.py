@@ -187,7 +187,17 @@ def test_expectations_are_possible(scenario: Scenario) -> None:
     assert all(one["end"] == "open" for one in scenario.held)
     assert len(set(map(repr, scenario.outcomes))) == len(scenario.outcomes)
     assert len(scenario.title) <= 58, "the list must fit in 80 columns"
+    assert len(scenario.outcome) <= 55, "the same, where it can run"
     assert len(scenario.name) <= 21
+
+
+def test_an_outcome_in_words_names_each_request_once() -> None:
+    """A triple fault is what has no name: no end of another request may look like one of its."""
+    fault, other, lost = (SCENARIOS[name].outcomes[0].lifecycles[0] for name in ("delivered", "nmi", "lost"))
+    dropped: Lifecycle = {**other, "end": "lost"}
+    assert str(Outcome((fault, other))) == "delivered, nmi serviced"
+    assert str(Outcome((other, dropped))) == "nmi serviced and lost"
+    assert str(Outcome((fault, lost))) == "delivered, lost"
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
