@@ -599,6 +599,9 @@ class Kvm(_File):
 
 # Intel SDM volume 3, "Message Address Register Format": bits 12 to 19 are the destination's APIC id.
 _MSI_ADDRESS = 0xFEE0_0000
+# "Message Data Register Format", beside a vector: an NMI instead of it; level-triggered, and asserted.
+MSI_NMI = 4 << 8
+MSI_LEVEL = 1 << 15 | 1 << 14
 
 
 class Vm(_File):

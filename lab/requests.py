@@ -23,6 +23,8 @@ from lab.kvm import (
     KVM_SYSTEM_EVENT_RESET,
     KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SMM,
+    MSI_LEVEL,
+    MSI_NMI,
     RUN_TIMEOUT_S,
     Cap,
     Exit,
@@ -171,9 +173,6 @@ def nmi(stage: Stage) -> None:
             _run_to(vcpu, _HANDLER_PORT)
 
 
-_DELIVER_NMI = 4 << 8  # delivery mode of an MSI (Intel SDM volume 3, "Message Data Register Format")
-
-
 def no_msi(kvm: Kvm) -> str | None:
     """Say why a message cannot be sent to a local APIC."""
     caps = (Cap.KVM_CAP_IRQCHIP, Cap.KVM_CAP_SIGNAL_MSI, Cap.KVM_CAP_MP_STATE)
@@ -193,7 +192,7 @@ def nmi_remote(stage: Stage) -> None:
         _handle(vcpu.vm, _NMI_VECTOR)
         _run_to(vcpu, _IDLE_PORT)
         for _ in range(EXITS):
-            vcpu.vm.signal_msi(0, _DELIVER_NMI)
+            vcpu.vm.signal_msi(0, MSI_NMI)
             _run_to(vcpu, _HANDLER_PORT)
 
 
@@ -215,7 +214,7 @@ def nmi_kicked(stage: Stage) -> Outcome | None:
         for _ in range(EXITS):
             running = thread.submit(_run_to, vcpu, _HANDLER_PORT)
             _await_counting(vcpu.vm)
-            vcpu.vm.signal_msi(0, _DELIVER_NMI)
+            vcpu.vm.signal_msi(0, MSI_NMI)
             running.result()
     return _KICKS_UNSEEN if no_hardware(stage.kvm) else None
 
@@ -595,12 +594,11 @@ def tpr_access(stage: Stage) -> Outcome | None:
             reported = vcpu.run() == Exit.KVM_EXIT_TPR_ACCESS
             if reported:
                 _run_to(vcpu, _IDLE_PORT)
-            check_exit(vcpu, Exit.KVM_EXIT_IO)
+            else:
+                check_exit(vcpu, Exit.KVM_EXIT_IO)
     return None if reported else _UNREPORTED
 
 
-# Intel SDM volume 3, "Message Data Register Format": asserted, level-triggered.
-_LEVEL = 1 << 15 | 1 << 14
 # Where KVM learns of the end before single-stepping ends KVM_RUN: of hardware that has the local APIC, or, where KVM
 # emulates guests, as the guest gets the interrupt.
 _TOLD_FIRST = Outcome(several=tuple(Several(_serviced("ioapic_eoi_exit", vm=vm), most=1) for vm in range(2)))
@@ -623,9 +621,9 @@ def interrupt_ended(stage: Stage) -> Outcome | None:
             vcpu.set_cpuid(stage.kvm.get_supported_cpuid())
             vcpu.enable_x2apic()
             vcpu.enable_lapic()
-            vcpu.vm.route_msi(0, 0, _LEVEL | _VECTOR)
+            vcpu.vm.route_msi(0, 0, MSI_LEVEL | _VECTOR)
             _run_to(vcpu, _IDLE_PORT)
-            vcpu.vm.signal_msi(0, _LEVEL | _VECTOR)
+            vcpu.vm.signal_msi(0, MSI_LEVEL | _VECTOR)
             _run_to(vcpu, _HANDLER_PORT)
             _order(vcpu, _X2APIC_EOI)
             if vcpu.kvm_run.exit_reason == Exit.KVM_EXIT_IOAPIC_EOI:
@@ -827,4 +825,4 @@ def _disturb(vm: Vm, pages: Pages, exits: threading.Semaphore, working: Sequence
             vm.remove_memory(pages)
             vm.place_memory(pages, _SLOT_GPA)
         else:
-            vm.signal_msi(vcpu_id, _DELIVER_NMI if turn % 7 == 0 else _VECTOR)
+            vm.signal_msi(vcpu_id, MSI_NMI if turn % 7 == 0 else _VECTOR)

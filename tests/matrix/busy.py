@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lab.kvm import CallFailed, Cap, Exit, Ioctl, Kvm, LabError, MpState, Pages, Vcpu
+from lab.kvm import MSI_NMI, CallFailed, Cap, Exit, Ioctl, Kvm, LabError, MpState, Pages, Vcpu
 
 # How often each part does what it does: prime, so that a factor cannot hide.
 NMIS, SMIS, INTERRUPTS, CLOCKS, SPIN_NMIS, HALT_NMIS, MEMSLOTS = 23, 13, 17, 19, 37, 31, 29
 WAIT_S = 60.0
 _CPUS = os.sched_getaffinity(0)
-
-_NMI_MESSAGE = 0x400  # delivery mode of an MSI (Intel SDM volume 3)
 
 # The guest, in real mode with all segments at 0. Both vCPUs run the same code, each with counters and flags of its own
 # at DI: the number of NMIs that it has taken at 0, whether it is to go on at 4, how often it has spun at 6.
@@ -137,7 +135,7 @@ class _Machine:
     def nmi_from_outside(self, number: int) -> None:
         """Send a vCPU an NMI from a thread that is not its own, and wait until it has taken it."""
         before = self.counted(number)
-        self.vm.signal_msi(number, _NMI_MESSAGE)
+        self.vm.signal_msi(number, MSI_NMI)
         _until("it took an NMI", lambda: self.counted(number) == before + 1)
 
 
@@ -198,7 +196,7 @@ def _running(machine: _Machine, code: int, numbers: Sequence[int], work: Callabl
     for number in numbers:
         machine.go_on(number)
         if code == _HALT:
-            machine.vm.signal_msi(number, _NMI_MESSAGE)
+            machine.vm.signal_msi(number, MSI_NMI)
     for thread in threads:
         thread.join(WAIT_S)
     os.sched_setaffinity(0, _CPUS)
