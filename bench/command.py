@@ -36,7 +36,10 @@ def recording(path: Path, *words: str) -> Iterator[Live]:
     """Record into ``path`` meanwhile; the body runs once the command says that it records."""
     began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvmreq", "record", "-o", str(path), *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "command", "record", "-o", str(path), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert process.stderr is not None
     said: list[str] = []

@@ -79,7 +79,7 @@ def _step(path: Path, rate: float, ring_mib: int) -> _Step:
 
 def _report(path: Path) -> tuple[int, dict[str, int]]:
     """Return the exit status of a recording's report, and how many requests ended how."""
-    words = [sys.executable, "-m", "kvmreq", "report", str(path), "--format", "json"]
+    words = [sys.executable, "-m", "command", "report", str(path), "--format", "json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     if not done.stdout:
         raise RuntimeError(f"the report of a recording with losses failed: {done.stderr}")

@@ -220,7 +220,7 @@ def _bpftrace(_scratch: Path, guests: Guests) -> Iterator[Seen]:
 @contextmanager
 def _stat(_scratch: Path, _guests: Guests) -> Iterator[Seen]:
     seen = Seen()
-    words = [sys.executable, "-m", "kvmreq", "stat", "--format", "json"]
+    words = [sys.executable, "-m", "command", "stat", "--format", "json"]
     with _running(words) as running:
         running.wait_until(lambda: "counting with" in running.said)
         yield seen

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(CHECKOUT / "kvmreq.py")]
+COMMAND = [str(CHECKOUT / ".venv/bin/kvmreq")]
 PATIENCE_S = 20.0
 
 #: A kernel address as people print it, and as a plain number: the upper half of x86's addresses.

@@ -8,26 +8,25 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import kvmreq
+from command.main import main
 from lab.runner import runnable
 from tracer import host
 from tracer.recorder import Recorder, Wish
 
-from .session import CHECKOUT, Record, Vmm, lab, recording, report, run
+from .session import COMMAND, Record, Vmm, lab, recording, report, run
 
 REASONS = {scenario.name: reason for scenario, reason in runnable()}
 pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(bool(REASONS["lost"]), reason=f"the lab cannot run: {REASONS['lost']}"),
 ]
-LAB = ["--", sys.executable, str(CHECKOUT / "kvmreq.py"), "lab", "run"]
+LAB = ["--", *COMMAND, "lab", "run"]
 
 
 def quick(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -36,7 +35,7 @@ def quick(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     words = [str(argument) for argument in arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = kvmreq.main(words)
+            status = main(words)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
@@ -205,7 +204,7 @@ def test_without_privileges(tmp_path: Path) -> None:
     if not shutil.which("setpriv"):
         pytest.skip("no setpriv")
     tmp_path.chmod(0o777)
-    command = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", sys.executable, str(CHECKOUT / "kvmreq.py")]
+    command = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *COMMAND]
     done = subprocess.run(
         [*command, "record", "-o", str(tmp_path / "r"), "--duration", "1"], capture_output=True, text=True, check=False
     )
@@ -312,7 +311,7 @@ def test_statuses_of_a_report(tmp_path: Path) -> None:
 
 def test_a_reader_that_leaves(lost: Path) -> None:
     """`kvmreq report DIR | head -1`."""
-    command = f"{sys.executable} {CHECKOUT / 'kvmreq.py'} report {lost} --format json | head -c 10"
+    command = f"{COMMAND[0]} report {lost} --format json | head -c 10"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
@@ -327,12 +326,3 @@ def test_lab() -> None:
     done = run("lab", "run", "quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert run("lab", "list").returncode == 0
-
-
-@pytest.mark.parametrize("verb", [[], ["doctor"], ["record"], ["report"], ["lab"], ["demo"]])
-def test_help_ends_in_examples(verb: list[str]) -> None:
-    """Of each verb, in 80 columns, with the exit statuses."""
-    done = quick(*verb, "--help")
-    assert done.returncode == 0
-    assert "\nexamples:\n  kvmreq " in done.stdout
-    assert "exit status: 0 nothing lost" in done.stdout.splitlines()[-1]

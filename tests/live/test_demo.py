@@ -23,7 +23,7 @@ pytestmark = [
 # A few of its scenarios, and one whose process fails: no scenario has that name.
 SOME = """
 import dataclasses, sys
-import kvmreq
+from command.main import main
 from lab import runner
 
 every = {scenario.name: (scenario, reason) for scenario, reason in runner.runnable()}
@@ -32,7 +32,7 @@ chosen = [every[name] for name in played]
 if broken:
     chosen.insert(1, (dataclasses.replace(chosen[0][0], name=broken), None))
 runner.runnable = lambda: chosen
-sys.exit(kvmreq.main(["demo", "-o", out]))
+sys.exit(main(["demo", "-o", out]))
 """
 
 

@@ -28,7 +28,7 @@ from tracer import host
 from tracer.recorder import Recorder, Wish
 from tracer.recording import Recording
 
-from .session import ADDRESS, CHECKOUT, Record, ends, lab, recording, report, run, wait_until
+from .session import ADDRESS, CHECKOUT, COMMAND, Record, ends, lab, recording, report, run, wait_until
 
 REASONS = {scenario.name: reason for scenario, reason in runnable()}
 pytestmark = [
@@ -306,8 +306,7 @@ def test_follow_prints_each_lifecycle_within_a_second(tmp_path: Path) -> None:
 
 def test_follow_in_words(tmp_path: Path) -> None:
     """A heading, then a line each, in 80 columns."""
-    lab_lost = [sys.executable, str(CHECKOUT / "kvmreq.py"), "lab", "run", "lost"]
-    done = run("record", "-o", tmp_path / "r", "--follow", "--", *lab_lost)
+    done = run("record", "-o", tmp_path / "r", "--follow", "--", *COMMAND, "lab", "run", "lost")
     assert done.returncode == 0, done.stderr
     assert "lost" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -316,7 +315,7 @@ def test_follow_in_words(tmp_path: Path) -> None:
 def test_follow_survives_a_reader_that_leaves(tmp_path: Path) -> None:
     """`record --follow | head -1`: no traceback, and the recording is whole up to there."""
     guests = f"{sys.executable} -m lab run lost --repeat 200 >/dev/null"
-    record = f"{sys.executable} kvmreq.py record -o {tmp_path / 'r'} --follow --format json"
+    record = f"{COMMAND[0]} record -o {tmp_path / 'r'} --follow --format json"
     command = f"{record} -- sh -c '{guests}' | head -1"
     done = subprocess.run(["sh", "-c", command], cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=60)
     assert len(done.stdout.splitlines()) == 1

@@ -108,8 +108,9 @@ class Record:
         # Not in $MATRIX_OUT: to read there what another process is writing fails on 9p ("No data available", 7.3.4).
         self.notes = Path(tempfile.gettempdir(), f"{self.path.name}.notes")
         with self.notes.open("wb") as notes:
+            own = [sys.executable, "-m", "command", "record", "-o", str(self.path), "--engine", self.engine]
             self.process = subprocess.Popen(
-                [sys.executable, "kvmreq.py", "record", "-o", str(self.path), "--engine", self.engine, *self.options],
+                [*own, *self.options],
                 cwd=CHECKOUT,
                 stdin=subprocess.DEVNULL,
                 stdout=notes,

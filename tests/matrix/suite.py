@@ -43,9 +43,8 @@ examples:
 
 def offered() -> list[str]:
     """Return the engines that this kvmreq offers."""
-    text = subprocess.run(
-        [sys.executable, str(CHECKOUT / "kvmreq.py"), "record", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-m", "command", "record", "--help"]
+    text = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     choices = re.search(r"--engine \{(.*?)\}", text)
     if choices is None:
         raise MatrixError("kvmreq record --help does not tell its engines")

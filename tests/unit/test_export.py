@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import kvmreq
+from command.main import main
 from probes.schema import EVENT, PAYLOAD_PENDING, SCHEMA_VERSION, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
 from reports import events as lines
 from reports import export
@@ -43,6 +43,7 @@ META: dict[str, Any] = {
         ' : __print_symbolic(REC->exit_reason, { 0x400, "npf" })'
     },
 }
+CHECKOUT = Path(__file__).resolve().parents[2]
 LOSS = Loss(ring_full=5, missed=2, vcpus={1: VcpuLoss(5, 10, 20)})
 GET_EVENTS, EINTR = 0x8040AE9F, (2**32 - 4) << 32
 # One event of each kind, with what its arg and detail mean.
@@ -114,7 +115,7 @@ def names(folder: Path) -> list[str]:
 def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """Run the command; return its status, its output and its notes."""
     try:
-        status = kvmreq.main(["export", *map(str, arguments)])
+        status = main(["export", *map(str, arguments)])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     captured = capfd.readouterr()
@@ -167,7 +168,7 @@ def test_csv_has_a_line_for_each_event(recorded: Path, capfd: pytest.CaptureFixt
 
 def test_every_column_is_documented() -> None:
     """The page has the columns as they are written, with what they hold."""
-    page = (Path(kvmreq.__file__).parent / "docs/export.md").read_text()
+    page = (CHECKOUT / "docs/export.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert rows == [f"| {name} | {meaning} |" for name, meaning in lines.COLUMNS.items()]
 
@@ -353,8 +354,8 @@ def test_a_reader_that_goes_away(recorded: Path, unbuffered: list[str]) -> None:
     writer = Writer(recorded.parent / "long", META)
     writer.segment(np.tile(some(), 7_000), Loss(), 2_650)
     writer.update(ended_ns=5_000, segments=1)
-    command = [sys.executable, *unbuffered, kvmreq.__file__, "export", str(writer.path), "--to", "json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, *unbuffered, "-m", "command", "export", str(writer.path), "--to", "json"]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline().startswith(b'{"time_ns": 2000, ')
         process.stdout.close()

@@ -27,10 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import kvmreq
 from analysis.latency import bounds
 from analysis.lifecycle import PLACES
 from analysis.ordering import RULES, Ordered, Ordering
+from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words
 from reports.source import Source
@@ -1233,7 +1233,7 @@ def test_the_command_writes_figures_and_says_which(tmp_path: Path, capsys: pytes
     writer.segment(events, Loss(), int(events["time_ns"][-1]))
     writer.update(segments=1)
     out = tmp_path / "figures"
-    status = kvmreq.main(["report", str(writer.path), "--figures", str(out), "--html", str(tmp_path / "page")])
+    status = main(["report", str(writer.path), "--figures", str(out), "--html", str(tmp_path / "page")])
     said = capsys.readouterr()
     assert status == 0 and "nmi" in said.out
     names = ["latency.png", "latency.svg", "timeline.png", "timeline.svg", "exposure.png", "exposure.svg"]

@@ -92,7 +92,8 @@ def machine(tmp_path: Path) -> Machine:
     shutil.copy2(CHECKOUT / "bootstrap", new.checkout)
     for name in ("requirements.txt", "requirements-dev.txt", "requirements-matrix.txt"):
         (new.checkout / name).write_text("# nothing\n")
-    (new.checkout / "kvmreq.py").write_text(
+    (new.checkout / "command").mkdir()
+    (new.checkout / "command/main.py").write_text(
         "import sys\ndef main():\n    print(*sys.argv[1:], __file__)\n    return 3\n",
     )
     (new.root / "etc/os-release").write_text(DEBIAN)
@@ -271,13 +272,13 @@ def test_a_failed_install_is_tried_again(machine: Machine) -> None:
 
 @needs_root
 def test_the_command_runs_its_own_checkout_from_anywhere(machine: Machine, tmp_path: Path) -> None:
-    """Through a symbolic link, beside another kvmreq.py, with its status and arguments as they are."""
+    """Through a symbolic link, beside another command.py, with its status and arguments as they are."""
     machine.lines("demo")
     link = tmp_path / "kvmreq"
     link.symlink_to(machine.checkout / ".venv/bin/kvmreq")
-    (tmp_path / "kvmreq.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "command.py").write_text("raise SystemExit('the wrong one')\n")
     done = subprocess.run([link, "a b", "", "$c"], cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (3, f"a b  $c {machine.checkout}/kvmreq.py\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"a b  $c {machine.checkout}/command/main.py\n", "")
 
 
 def test_each_requirement_is_pinned_once() -> None:

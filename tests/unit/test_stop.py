@@ -13,14 +13,14 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # An object of a module is taken down by Python's own end, after that has given signals their default back.
 LATE = """
 import os, sys
-import kvmreq
+from command.stop import Stop
 
 class Late:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=int(sys.argv[1])):
         kill(pid, number)
 
 late = Late()
-stop = kvmreq.Stop()
+stop = Stop()
 os.kill(os.getpid(), int(sys.argv[1]))
 print(stop.wanted, stop.number)
 """

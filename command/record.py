@@ -1,0 +1,189 @@
+"""kvmreq record: this host's KVM into a recording."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command.arguments import directory, engine, positive, power_of_two, seconds
+from command.child import check_command, end_command, start_command
+from command.notes import Progress, note
+from command.stop import Stop
+from command.verb import Verb
+from tracer.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from tracer.recorder import Recorder, Wish
+
+_REQUESTS = ("triple_fault",)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what it takes."""
+    parser.usage = (
+        "kvmreq record [-o DIR] [--engine E] [--requests NAME,...] [--detail D]\n"
+        "                     [--duration S] [-p PID]... [--follow [--format F]] [--] [COMMAND ...]"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to record (default: kvmreq-DATE-TIME)")
+    engine(parser)
+    parser.add_argument(
+        "--requests",
+        action="append",
+        metavar="NAME,...",
+        help="requests to watch, by KVM's names, or all (default: triple_fault)",
+    )
+    parser.add_argument(
+        "--detail",
+        choices=("boundary", "full"),
+        default="boundary",
+        help="full: every ioctl boundary, guest entry, guest exit, wake-up and kick (default: %(default)s)",
+    )
+    parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
+    parser.add_argument(
+        "-p", "--pid", type=positive, action="append", default=[], help="trace only this VMM; repeatable"
+    )
+    parser.add_argument("--follow", action="store_true", help="print each lifecycle within a second of its end")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="of --follow (default: %(default)s)")
+    parser.add_argument(
+        "--ring", type=power_of_two, default=32, metavar="MIB", help="size of the event ring (default: %(default)s)"
+    )
+    parser.add_argument(
+        "command", nargs="*", metavar="COMMAND", help="record while this runs; all VMs of the host are traced"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trace this host into a recording."""
+    stop = Stop()
+    command = arguments.command
+    check_command(command)
+
+    from tracer.recorder import Recorder, watched
+
+    path = arguments.output or directory("kvmreq")
+    wish = _wish(arguments)
+    recorder = Recorder(path, wish)
+    recorder.start()
+    child: subprocess.Popen[bytes] | None = None
+    finish = None
+    try:
+        if arguments.follow:
+            recorder.follower, finish = _follower(arguments.format, wish.full, partial(watched, wish))
+        _notes_of(recorder)
+        until = "until Ctrl-C" if not command and arguments.duration is None else "live"
+        note(f"recording into {path} with the {recorder.plan.engine} engine, {until}")
+        child = start_command(command)
+        _wait(recorder, child, stop, arguments.duration)
+        end_command(child, stop)
+    finally:
+        recorder.stop()
+    if finish is not None:
+        finish(recorder.loss())
+    loss = recorder.loss()
+    note(
+        f"{recorder.events} events of {len(recorder.guests)} VMs in {path}"
+        + (f", {loss.total} LOST: see kvmreq report" if loss.total else "")
+    )
+    if child is not None and child.returncode:
+        told = child.returncode
+        if told < 0 and not stop.wanted:
+            raise CommandFailed(
+                f"{command[0]} was killed by {signal.Signals(-told).name}", hint=f"the recording {path} is whole"
+            )
+        note(f"{command[0]} ended with status {told}")
+    return 0
+
+
+def _wish(arguments: argparse.Namespace) -> Wish:
+    from tracer.recorder import Wish
+
+    return Wish(
+        engine=arguments.engine,
+        requests=[name for part in arguments.requests or _REQUESTS for name in part.split(",")],
+        full=arguments.detail == "full",
+        pids=arguments.pid,
+        ring_bytes=arguments.ring << 20,
+    )
+
+
+def _follower(style: str, full: bool, names: Callable[[], dict[int, str]]) -> tuple[Any, Callable[[Any], None]]:
+    """Return what prints each lifecycle as it ends, and what prints those that are open when the recording ends."""
+    from analysis.lifecycle import Lifecycles
+    from reports import document, judged, text, words
+    from tracer import host
+
+    core = Lifecycles(names(), full=full)
+    clock = words.Clock(host.clock_pair())
+    if style == "text":
+        print(text.live_heading(), flush=True)
+
+    def show(table: Any, guests: Any) -> None:
+        for row in document.records(table):
+            if style == "json":
+                print(json.dumps(document.one_lifecycle(row)), flush=True)
+            else:
+                guest = guests.get(row["vm"])
+                known = judged.Guest(
+                    pid=row["pid"],
+                    name=words.guest(guest.name if guest else None, row["pid"]),
+                    vmm=judged.vmm(guest.vmm if guest else None),
+                    cap=None,
+                    vcpus=0,
+                )
+                print(text.live(row, known, clock), flush=True)
+
+    last: dict[str, Any] = {"guests": {}, "blind": 0}
+
+    def follow(batch: Any, loss: Any, guests: Any) -> None:
+        last["guests"] = guests
+        if len(batch):
+            show(core.feed(batch, blind=loss.blind > last["blind"], loss=loss).lifecycles, guests)
+            last["blind"] = loss.blind
+
+    def finish(loss: Any) -> None:
+        show(core.finish(loss).lifecycles, last["guests"])
+
+    return follow, finish
+
+
+def _notes_of(recorder: Recorder) -> None:
+    while recorder.notes:
+        note(recorder.notes.pop(0))
+
+
+def _wait(recorder: Recorder, child: subprocess.Popen[bytes] | None, stop: Stop, duration_s: float | None) -> None:
+    progress = Progress()
+    began = time.monotonic()
+    pids = recorder.wish.pids
+    while not stop.wanted:
+        recorder.poll()
+        _notes_of(recorder)
+        passed = time.monotonic() - began
+        progress.show(f"recording: {passed:.0f} s, {recorder.events} events, {len(recorder.guests)} VMs")
+        if child is not None and child.poll() is not None:
+            break
+        if duration_s is not None and passed >= duration_s:
+            break
+        if pids and not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            note("every process that was to be traced has ended")
+            break
+    progress.clear()
+
+
+VERB = Verb(
+    run,
+    arguments,
+    (
+        "kvmreq record                          # this host, until Ctrl-C",
+        "kvmreq record -o out --duration 60     # for a minute",
+        "kvmreq record -p 4711 --follow         # one VMM, each verdict as it falls",
+        "kvmreq record -- virsh migrate --live vm1 qemu+ssh://other/system",
+    ),
+)
