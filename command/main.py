@@ -27,6 +27,15 @@ _EXAMPLES = ("kvmreq doctor", "kvmreq record -o monday -- sleep 60", "kvmreq rep
 _STATUS = "exit status: 0 nothing lost, 1 error, 2 usage, 3 something was lost, 4 something is undecided"
 
 
+class _Version(argparse.Action):
+    # argparse's own action wants the version at every start, which has to be read.
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from command.version import version
+
+        print(f"{parser.prog} {version()}")
+        parser.exit()
+
+
 def _examples(lines: Sequence[str]) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines) + f"\n\n{_STATUS}"
 
@@ -41,6 +50,7 @@ def parser(names: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     """Return the parser of the command line, or of those that begin with one of some verbs."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("kvmreq", description=_DESCRIPTION, formatter_class=raw, epilog=_examples(_EXAMPLES))
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = top.add_subparsers(required=True, metavar="VERB")
     for name in names:
         one = verb(name)
