@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from probes.exits import Names
+from probes.exits import GUEST_EXIT, Names, parse
 from probes.requests import bit_name
 from probes.schema import MODES, PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_FLAGS, REQUEST_MASK, End, Flag, Kind, Site
 from probes.uapi import exit_reason, ioctl
@@ -72,6 +72,11 @@ class _Column(NamedTuple):
     values: Array
     words: list[Any] | None = None
     known: Array | None = None
+
+
+def hardware_exits(meta: Mapping[str, Any]) -> Names:
+    """Return what the kernel of a recording calls the hardware's exit reasons; nothing if it was not asked."""
+    return parse((meta.get("formats") or {}).get(GUEST_EXIT, ""))
 
 
 def csv(

@@ -10,14 +10,13 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from probes.exits import GUEST_EXIT, Names, parse
 from probes.schema import SCHEMA_VERSION, arrow_schema
 from tracer.errors import CannotExport
 from tracer.loss import Loss
@@ -51,15 +50,11 @@ def export(recording: Recording, style: str, out: _Sink) -> None:
 
         clock = recording.meta["clock"]
         names = {int(bit): str(name) for bit, name in recording.meta["requests_by_bit"].items()}
+        exits = events.hardware_exits(recording.meta)
         text = {"csv": events.csv, "json": events.jsonl}[style]
         batches = (segment.events for segment in _present(recording))
-        for lines in text(batches, names, clock["utc_ns"] - clock["monotonic_ns"], hardware_exits(recording.meta)):
+        for lines in text(batches, names, clock["utc_ns"] - clock["monotonic_ns"], exits):
             out.write(lines)
-
-
-def hardware_exits(meta: Mapping[str, Any]) -> Names:
-    """Return what the kernel of a recording calls the hardware's exit reasons; nothing if it was not asked."""
-    return parse((meta.get("formats") or {}).get(GUEST_EXIT, ""))
 
 
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from probes.requests import TRIPLE_FAULT
 from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_MASK, VALID_TRIPLE_FAULT, End, Flag, Kind
 from probes.uapi import ioctl
 from reports import protobuf as pb
-from reports.events import mode, request_flags, targets
-from reports.export import hardware_exits
+from reports.events import hardware_exits, mode, request_flags, targets
 from reports.judged import requests_watched
 from reports.words import guest, shown
 from tracer.loss import Loss
