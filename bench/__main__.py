@@ -16,6 +16,7 @@ _PARTS = {
     "analysis": "bench.judging",
     "disk": "bench.disk",
     "attach": "bench.attach",
+    "protobuf": "bench.protobuf",
 }
 
 

@@ -48,8 +48,6 @@ TO_ALL = "requests to several vCPUs"
 
 # The number of a track: what it is for, and of which request, above the number of the VM or vCPU.
 _ROOT, _LOSSES, _VM, _LOST_VM, _VCPU, _MARKS, _REQUEST, _TO_ALL = range(1, 9)
-_UUID_MOST = (1 << 42) - 1
-_IID_MOST = (1 << 21) - 1
 # Strings that the reader is asked to remember; then it is told to forget them all.
 _STRINGS = 1 << 16
 # Events that are packets at one time.
@@ -260,12 +258,12 @@ class _Trace:
         if not count:
             return b""
         fields = [
-            pb.numbers(9, np.broadcast_to(kind, count), 3),
-            pb.numbers(11, np.broadcast_to(track, count), _UUID_MOST),
+            pb.numbers(9, np.broadcast_to(kind, count)),
+            pb.numbers(11, np.broadcast_to(track, count)),
         ]
         if name is not None:
             iids = self._strings.iid("event", name) if isinstance(name, str) else name
-            field = pb.numbers(10, np.broadcast_to(iids, count), _IID_MOST)
+            field = pb.numbers(10, np.broadcast_to(iids, count))
             fields.append(field if named is None else field.only(named))
         if category is not None:
             field = pb.constant(pb.number(3, self._strings.iid("category", category)), count)
@@ -284,11 +282,11 @@ class _Trace:
     def _argument(self, key: str, values: Array) -> pb.Rows:
         name = pb.constant(pb.number(1, self._strings.iid("key", key)), len(values))
         if values.dtype.kind == "b":
-            value = pb.numbers(2, values, 1)
+            value = pb.numbers(2, values)
         elif values.dtype.kind in "iu":
-            value = pb.numbers(3, np.maximum(values, 0), (1 << 64) - 1)
+            value = pb.numbers(3, np.maximum(values, 0))
         else:
-            value = pb.numbers(17, self._strings.iids("value", [str(each) for each in values.tolist()]), _IID_MOST)
+            value = pb.numbers(17, self._strings.iids("value", [str(each) for each in values.tolist()]))
         return pb.messages(4, [name, value])
 
     def _drawn(self, edges: Edges) -> bytes:
