@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from analysis.lifecycle import LIFECYCLE, SHUTDOWN, Lifecycles
 from probes.schema import EVENT, Kind
+from tests.examples import examples
 from tests.property.model import NAMES, Machine, loss_of, played
 from tests.property.oracle import Event, Oracle, Row
 from tracer.loss import Loss
@@ -21,7 +22,7 @@ from tracer.loss import Loss
 Stream: TypeAlias = list[Event | None]
 
 THOROUGH = settings(
-    max_examples=200, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(200), deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
 )  # fmt: skip
 STEPS = st.lists(st.tuples(st.integers(0, 31), st.integers(0, 7), st.integers(0, 255)), max_size=60)
 FULL = st.sets(st.integers(1, 150), max_size=40)

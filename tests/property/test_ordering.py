@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from analysis.ordering import LATE_NS, Ordered, Ordering
 from probes.schema import EVENT, IN_GUEST_MODE, REQUEST_FLAGS, Kind
+from tests.examples import examples
 from tests.property.oracle import Event
 
 Case: TypeAlias = tuple[str, int, int, int, int]  # rule, vCPU, bit, time_ns, since_ns
@@ -34,7 +35,7 @@ REMOTE = (Kind.KICK, Kind.IN_GUEST_STILL)
 INSIDE = (Kind.RUN_ENTER, Kind.GUEST_EXIT, Kind.WAKEUP, Kind.SITE)
 WORDS = (0, 0, 1 << 10, 1 << 11, 1 << 14, 1 << 17, 1 << 23, 1 << 17 | 1 << 11, 1 << 27 | 1 << 17, 1 << 10 | 1 << 11)
 
-THOROUGH = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+THOROUGH = settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 STEPS = st.lists(st.tuples(st.integers(0, 17), st.integers(0, 2), st.integers(0, 255)), min_size=20, max_size=60)
 CUTS = st.lists(st.integers(0, 100), max_size=10)
 SWAPS = st.lists(st.integers(0, 80), max_size=8)

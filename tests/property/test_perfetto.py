@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from analysis.judge import judge
 from probes.schema import EVENT, SCHEMA_VERSION, End, Flag, Kind
 from reports import perfetto
+from tests.examples import examples
 from tests.property.model import NAMES, played
 from tests.property.oracle import Event
 from tests.traces import Trace, read
@@ -114,7 +115,7 @@ def traced(made: Any) -> Trace:
     return read(b"".join(perfetto.trace(made)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(STEPS, st.sets(st.integers(1, 150), max_size=40), st.lists(st.integers(0, 200), max_size=12), st.booleans())
 def test_traces(steps: list[tuple[int, int, int]], full: set[int], cuts: list[int], chatty: bool) -> None:
     """Slices nest and end; requests are those of the report; periods are exactly what pairs of events prove."""

@@ -34,6 +34,7 @@ from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words
 from reports.source import Source
+from tests.examples import examples
 from tracer.errors import BadRecording
 from tracer.loss import Loss, VcpuLoss
 from tracer.recording import Writer
@@ -710,7 +711,7 @@ numbers = st.integers(0, 2**63 - 1)
 ends = st.lists(st.sampled_from(["lost", "undecided", "open", "handed_over", "serviced", "abandoned"]), max_size=6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(data=st.data())
 def test_every_line_is_under_80_columns_and_free_of_control_characters(data: st.DataObject) -> None:
     """Whatever guests are called and however large the numbers are."""

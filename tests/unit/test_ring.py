@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.schema import EVENT
+from tests.examples import examples
 from tracer.ring import Ring
 
 PAGE = mmap.PAGESIZE
@@ -211,7 +212,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(start=st.integers(0, 10_000), steps=STEPS)
 def test_it_agrees_with_a_slow_reader(start: int, steps: list[tuple[str, int]]) -> None:
     """Whatever the producer does between two reads."""

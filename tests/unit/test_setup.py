@@ -105,6 +105,21 @@ def machine(tmp_path: Path) -> Machine:
     return new
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .venv as bootstrap makes it: it outlives a move, and so a copy of it is as good."""
+    path = tmp_path_factory.mktemp("made") / ".venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--system-site-packages", path], check=True)
+    return path
+
+
+@pytest.fixture
+def ready(machine: Machine, made: Path) -> Machine:
+    """The same machine, with a .venv that nothing was installed into: to make one takes two seconds."""
+    shutil.copytree(made, machine.checkout / ".venv", symlinks=True)
+    return machine
+
+
 @needs_root
 def test_without_root_one_line_says_so(machine: Machine) -> None:
     """A /dev/kvm that refuses is not reported: root opens it."""
@@ -148,14 +163,14 @@ def test_another_distribution_is_told_the_packages_by_name(machine: Machine) -> 
 
 
 @needs_root
-def test_another_distribution_that_has_everything_works(machine: Machine) -> None:
+def test_another_distribution_that_has_everything_works(ready: Machine) -> None:
     """Otherwise there would be no use in naming packages; apt-get is left alone."""
-    (machine.root / "etc/os-release").write_text(FEDORA)
+    (ready.root / "etc/os-release").write_text(FEDORA)
     pytest.importorskip("bcc", reason="needs python3-bpfcc: make test")
-    assert machine.lines("demo")[0] == (
+    assert ready.lines("demo")[0] == (
         "this is Fedora Linux 43, not Debian 12: goes on with its own python3-bpfcc python3-venv"
     )
-    assert machine.apt() == []
+    assert ready.apt() == []
 
 
 @needs_root
@@ -230,23 +245,23 @@ def test_set_up_is_done_once_and_outlives_a_move(machine: Machine, tmp_path: Pat
 
 
 @needs_root
-def test_the_matrix_names_its_own_packages_and_needs_no_kvm(machine: Machine) -> None:
+def test_the_matrix_names_its_own_packages_and_needs_no_kvm(ready: Machine) -> None:
     """They are asked for by name; a second run sets up nothing."""
-    (machine.root / "dev/kvm").unlink()
-    shutil.copytree(CHECKOUT / "tests/matrix", machine.checkout / "tests/matrix")
-    (machine.checkout / "tests/__init__.py").touch()
-    installed = machine.root / "installed"
+    (ready.root / "dev/kvm").unlink()
+    shutil.copytree(CHECKOUT / "tests/matrix", ready.checkout / "tests/matrix")
+    (ready.checkout / "tests/__init__.py").touch()
+    installed = ready.root / "installed"
     installed.touch()
-    machine.command("dpkg-query", f'grep -qx "${{!#}}" {installed} && printf installed || printf not-installed')
-    machine.command(
+    ready.command("dpkg-query", f'grep -qx "${{!#}}" {installed} && printf installed || printf not-installed')
+    ready.command(
         "apt-get",
-        f'[[ $* != *install* ]] || printf "%s\\n" "${{@:7}}" >>{installed}; printf "%s\\n" "$*" >>{machine.root}/apt',
+        f'[[ $* != *install* ]] || printf "%s\\n" "${{@:7}}" >>{installed}; printf "%s\\n" "$*" >>{ready.root}/apt',
     )
-    steps = machine.lines("matrix")
+    steps = ready.lines("matrix")
     assert steps[1] == "apt-get install python3-bpfcc python3-venv"
     assert steps[3] == f"apt-get install {' '.join(HOST_PACKAGES)}"
     assert "pip install -r requirements-matrix.txt" in steps
-    assert machine.lines("matrix") == []
+    assert ready.lines("matrix") == []
 
 
 @needs_root
@@ -258,11 +273,11 @@ def test_the_matrix_boots_from_debian_12(machine: Machine) -> None:
 
 
 @needs_root
-def test_a_failed_install_is_tried_again(machine: Machine) -> None:
+def test_a_failed_install_is_tried_again(ready: Machine) -> None:
     """Only what pip has finished counts as done."""
-    (machine.checkout / "requirements.txt").write_text("kvmreq-needs-no-such-thing==1\n")
+    (ready.checkout / "requirements.txt").write_text("kvmreq-needs-no-such-thing==1\n")
     for _ in range(2):
-        done = machine.bootstrap("demo")
+        done = ready.bootstrap("demo")
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1] == (
             "pip could not install requirements.txt (above): "
@@ -271,14 +286,14 @@ def test_a_failed_install_is_tried_again(machine: Machine) -> None:
 
 
 @needs_root
-def test_the_command_runs_its_own_checkout_from_anywhere(machine: Machine, tmp_path: Path) -> None:
+def test_the_command_runs_its_own_checkout_from_anywhere(ready: Machine, tmp_path: Path) -> None:
     """Through a symbolic link, beside another command.py, with its status and arguments as they are."""
-    machine.lines("demo")
+    ready.lines("demo")
     link = tmp_path / "kvmreq"
-    link.symlink_to(machine.checkout / ".venv/bin/kvmreq")
+    link.symlink_to(ready.checkout / ".venv/bin/kvmreq")
     (tmp_path / "command.py").write_text("raise SystemExit('the wrong one')\n")
     done = subprocess.run([link, "a b", "", "$c"], cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (3, f"a b  $c {machine.checkout}/command/main.py\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"a b  $c {ready.checkout}/command/main.py\n", "")
 
 
 def test_each_requirement_is_pinned_once() -> None:
