@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * A guest that exits to user space as fast as it can: one OUT instruction in a loop.
  *

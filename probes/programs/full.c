@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Detail full: where the guest is entered and left, and what other threads do to a vCPU.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The engines kprobe and fentry: programs on KVM's own functions, which are given the vCPU.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Where the guest is entered and left, for the file in front: guest_entered() and guest_left() are its own.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Detail full: what other threads do to a vCPU, in interrupts, too. Follows functions.c.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Statistics: exits by reason in histograms that stay in the kernel, so that an exit costs no event.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The tracepoint engine: raw system call tracepoints find the vCPU behind the file descriptor of an ioctl.
  *

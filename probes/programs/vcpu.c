@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * What every engine shares: the state of each vCPU, and the one way to turn a reading of its requests word into an
  * event. A hook finds the vCPU and calls one of begin(), end_of_run(), end_of_ioctl(), site() and their kin.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -67,3 +68,14 @@ def test_analysis_never_imports_bcc() -> None:
         for path in (CHECKOUT / folder).glob("*.py"):
             assert not named(path.read_text(), {"bcc"}), path
     assert named((CHECKOUT / "tracer/bpf.py").read_text(), {"bcc"}) == {"bcc"}
+
+
+def test_every_c_program_says_its_licence() -> None:
+    """That of the package; and the kernel takes programs that call what is for GPL programs alone."""
+    licence = re.search(r"^license = (.*)$", (CHECKOUT / "setup.cfg").read_text(), re.MULTILINE)
+    assert licence
+    programs = [*(CHECKOUT / "probes/programs").glob("*.c"), *(CHECKOUT / "bench").glob("*.c")]
+    assert len(programs) > 6
+    for path in programs:
+        assert path.read_text().splitlines()[0] == f"// SPDX-License-Identifier: {licence[1]}", path
+    assert "Version 2, June 1991" in (CHECKOUT / "LICENSE").read_text()

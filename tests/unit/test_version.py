@@ -40,7 +40,7 @@ def sources(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in PACKAGES:
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(CHECKOUT / name, copy)
     written = (CHECKOUT / "setup.cfg").read_text()
     ours = f"version = {SETTINGS.get('metadata', 'version')}\n"
