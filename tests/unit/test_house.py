@@ -79,3 +79,28 @@ def test_every_c_program_says_its_licence() -> None:
     for path in programs:
         assert path.read_text().splitlines()[0] == f"// SPDX-License-Identifier: {licence[1]}", path
     assert "Version 2, June 1991" in (CHECKOUT / "LICENSE").read_text()
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:
+    """Of the pages in docs, and of those that lead to them."""
+    index = (CHECKOUT / "docs/README.md").read_text()
+    pages = {path.name for path in (CHECKOUT / "docs").glob("*.md")} - {"README.md"}
+    assert pages
+    listed = re.findall(r"^\| \[[^]]*\]\(([^)]*)\) \| \S.* \|$", index, re.MULTILINE)
+    assert sorted(listed) == sorted(pages)
+    for path in (*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+        assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == [], path
+
+
+def test_what_contributing_names_is_there() -> None:
+    """A page that names files which are gone leads astray."""
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:command|reports|analysis|tracer|probes|lab|tests|bench|docs)/[\w./-]*)`", text)
+    assert len(set(named)) > 20
+    to_come = {"analysis/rules.py", "analysis/order_rules.py", "command/NAME.py"}
+    assert [name for name in named if not (CHECKOUT / name).exists() and name not in to_come] == []
+    makefile = (CHECKOUT / "Makefile").read_text()
+    targets = set(re.findall(r"`make ([a-z]+)", text)) - {"mutants"}
+    assert targets > {"check", "test", "matrix"}
+    assert [name for name in targets if f"\n{name}: " not in makefile] == []
