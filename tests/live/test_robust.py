@@ -70,11 +70,17 @@ def received(path: Path) -> np.ndarray[Any, np.dtype[np.void]]:
     return np.concatenate(segments) if segments else np.empty(0, EVENT)
 
 
-@pytest.mark.parametrize("seed", [None, 23, 101])
-def test_what_was_produced_is_received_or_counted(tmp_path: Path, seed: int | None) -> None:
+@pytest.fixture(scope="module", params=[None, 23, 101])
+def harmless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, set[int]]:
+    """Such a recording of guests that lost nothing; the seed says when the reader wakes up, None: never."""
+    chance = random.Random(request.param) if request.param else None
+    return stalled(tmp_path_factory.mktemp("harmless") / "r", ["pending", "delivered", "cleared"], 20, chance)
+
+
+def test_what_was_produced_is_received_or_counted(harmless: tuple[Recorder, set[int]]) -> None:
     """Exactly; also per vCPU, where the sequence numbers tell."""
-    path = tmp_path / "r"
-    recorder, _ = stalled(path, ["pending", "delivered", "cleared"], 20, random.Random(seed) if seed else None)
+    recorder, _ = harmless
+    path = recorder.path
     loss = recorder.loss()
     events = received(path)
     produced = json.loads((path / "meta.json").read_text())["counters"]["produced"]
@@ -89,11 +95,10 @@ def test_what_was_produced_is_received_or_counted(tmp_path: Path, seed: int | No
         assert gaps <= (loss.vcpus[int(vcpu)].count if int(vcpu) in loss.vcpus else 0)
 
 
-@pytest.mark.parametrize("seed", [None, 23, 101])
-def test_a_gap_is_undecided_and_never_lost(tmp_path: Path, seed: int | None) -> None:
+def test_a_gap_is_undecided_and_never_lost(harmless: tuple[Recorder, set[int]]) -> None:
     """None of these guests lost anything: none may be said to, nor to have been abandoned."""
-    path = tmp_path / "r"
-    _, pids = stalled(path, ["pending", "delivered", "cleared"], 20, random.Random(seed) if seed else None)
+    recorder, pids = harmless
+    path = recorder.path
     judgement = judge(Recording.open(path))
     judged = ends_of(path, pids)
     assert judged.keys() <= {"delivered", "cleared", "undecided"}, judged
