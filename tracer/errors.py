@@ -5,6 +5,7 @@
     ├── CannotTrace      this host, or this engine on it, cannot trace KVM
     ├── NoSuchGuest      a process is no VMM, or has gone
     ├── CannotExport     a recording cannot be written as another file
+    ├── CannotJudge      what compiles the analysis of a recording is not there
     └── CommandFailed    the command to be traced could not be run
 
 The library raises; only the command prints and exits.
@@ -30,6 +31,10 @@ class CannotTrace(KvmreqError):
 
 class CannotExport(KvmreqError):
     """A recording cannot be written as another file."""
+
+
+class CannotJudge(KvmreqError):
+    """What compiles the analysis of a recording is not there."""
 
 
 class NoSuchGuest(KvmreqError):
