@@ -245,6 +245,31 @@ def test_set_up_is_done_once_and_outlives_a_move(machine: Machine, tmp_path: Pat
 
 
 @needs_root
+@pytest.mark.parametrize("level", ["demo", "test", "matrix"])
+def test_the_analysis_is_compiled_when_its_source_has_changed(ready: Machine, level: str) -> None:
+    """Or a constant that it copies has, or numba; a second run says nothing."""
+    for folder in ("analysis", "probes", "tests/matrix"):
+        (ready.checkout / folder).mkdir(parents=True)
+    (ready.checkout / "probes/schema.py").touch()
+    (ready.checkout / "tests/matrix/__main__.py").touch()  # asks for no packages
+    core = ready.checkout / "analysis/compiled.py"
+    core.write_text("import sys; sys.exit('numba is not well')\n")
+    done = ready.bootstrap(level)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-3:] == [
+        "compiling the analysis",
+        "numba is not well",
+        "the analysis cannot be compiled (above): was all of requirements.txt installed?",
+    ]
+    core.write_text("")
+    assert ready.lines(level) == ["compiling the analysis", "writing .venv/bin/kvmreq"]
+    for name in ("analysis/rules.py", "probes/schema.py", "requirements.txt"):
+        assert ready.lines(level) == []
+        (ready.checkout / name).write_text("# another\n")
+        assert ready.lines(level)[-1] == "compiling the analysis"
+
+
+@needs_root
 def test_the_matrix_names_its_own_packages_and_needs_no_kvm(ready: Machine) -> None:
     """They are asked for by name; a second run sets up nothing."""
     (ready.root / "dev/kvm").unlink()
