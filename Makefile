@@ -1,15 +1,16 @@
-# For a fresh Debian 12, as root: make demo, make test, make matrix. Each sets the checkout up first (see bootstrap).
+# For a fresh Debian 12, as root: make demo, make test, make matrix, make mutants. Each sets the checkout up first (see bootstrap).
 # Tools are run as `python -m`: their scripts in .venv/bin name the folder that they were installed in, and so cannot move.
 
 PYTHON := .venv/bin/python
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS ?=
 KERNELS ?=
 MATRIX_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check source unit property test matrix bench clean
+.PHONY: help demo check source unit property test mutants matrix bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1: /p' $(MAKEFILE_LIST)
@@ -37,6 +38,10 @@ test: ## set up, then check and test the source; TEST_ARGS='-k NAME' goes to pyt
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy --no-error-summary
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+mutants: ## set up, then change each rule of the analysis a little: a test must notice; MUTANTS='analysis.rules.x_save*'
+	@./bootstrap mutants 'make mutants'
+	@$(PYTHON) -m tests.mutants $(MUTANTS)
 
 matrix: ## set up, then try every engine on stock kernels in QEMU; KERNELS='5.10 7.3' MATRIX_ARGS='--engines kprobe'
 	@./bootstrap matrix 'make matrix'

@@ -90,7 +90,7 @@ def machine(tmp_path: Path) -> Machine:
     for folder in (new.checkout, new.commands, *(new.root / name for name in ("etc", "dev", "usr/bin"))):
         folder.mkdir(parents=True)
     shutil.copy2(CHECKOUT / "bootstrap", new.checkout)
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-matrix.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-mutants.txt", "requirements-matrix.txt"):
         (new.checkout / name).write_text("# nothing\n")
     (new.checkout / "command").mkdir()
     (new.checkout / "command/main.py").write_text(
@@ -190,7 +190,7 @@ def test_an_unknown_level_is_a_usage_error(machine: Machine) -> None:
     """Status 2, as for the command."""
     done = machine.bootstrap("everything")
     assert done.returncode == 2
-    assert done.stderr == f"usage: {machine.checkout}/bootstrap demo|test|matrix [WHAT]\n"
+    assert done.stderr == f"usage: {machine.checkout}/bootstrap demo|test|mutants|matrix [WHAT]\n"
 
 
 @needs_root
@@ -325,7 +325,7 @@ def test_each_requirement_is_pinned_once() -> None:
     """A name without a version would make two machines differ."""
     lines = [
         line
-        for name in ("requirements.txt", "requirements-dev.txt", "requirements-matrix.txt")
+        for name in ("requirements.txt", "requirements-dev.txt", "requirements-mutants.txt", "requirements-matrix.txt")
         for line in (CHECKOUT / name).read_text().splitlines()
         if line and not line.startswith(("#", "-r "))
     ]
