@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import cache_from_source, find_spec
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -51,7 +51,9 @@ def compiled(function: _Function) -> _Function:
     """Compile a function when it is first called. What it calls must be compiled, too."""
     if PLAIN:
         return function
-    dispatcher = numba.njit(nogil=True)(function)
+    # Without reference counts: the core makes no arrays, and counting those that it hands on would cost more than
+    # all that it does.
+    dispatcher = numba.njit(nogil=True, _nrt=False)(function)
     # Not numba's own cache: that looks at the one file that holds the function, so a caller would keep the rule that
     # another file has changed since; and its files are trusted as they are, and must be where they can be written.
     if _SOURCES is not None and _is_ours(function) and hasattr(dispatcher, "_cache"):
@@ -59,10 +61,18 @@ def compiled(function: _Function) -> _Function:
     return cast(_Function, dispatcher)
 
 
+def each_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of columns to go over; compiled, the loop is unrolled, since each column has a type of its own."""
+    return names
+
+
+if not PLAIN:
+    each_of = numba.literal_unroll
+
+
 def warm() -> None:
     """Compile all of the core, or load it: by running it."""
-    if find_spec("analysis.walk") is not None:
-        import_module("analysis.walk").warm()
+    import_module("analysis.passes").warm()
 
 
 def _digest(data: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import verdicts
-from analysis.exposure import Exposure
-from analysis.lifecycle import Lifecycles, empty_lifecycles, empty_shutdowns
-from analysis.ordering import Ordered, Ordering
+from analysis.exposure import vm_table
+from analysis.lifecycle import lifecycle_table, shutdown_table
+from analysis.ordering import Findings, Ordered
+from analysis.passes import Pass, in_order
 from probes.schema import PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Kind
 from tracer.loss import Loss
 
@@ -76,75 +76,40 @@ class Judgement:
 
 def judge(recording: Source) -> Judgement:
     """Return the verdicts of a recording."""
-    names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}
-    core = Lifecycles(names, full=recording.meta.get("detail") == "full")
-    exposure, ordering = Exposure(), _ordering(recording.meta, names)
-    lifecycles, shutdowns = [empty_lifecycles()], [empty_shutdowns()]
+    meta = recording.meta
+    names = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
+    # Recordings of schema 1 have no flags, and detail boundary only.
+    findings = Findings(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
+    walk = Pass(names, full=meta.get("detail") == "full", order=findings.wanted, exposure=True)
     loss, events = Loss(), 0
-    # Of one segment all else is analysed while the lifecycles of the next one are.
-    with ThreadPoolExecutor(1) as beside:
-        others: Future[None] | None = None
-        for segment in recording.segments():
-            if segment is None:
-                if others is not None:
-                    others.result()
-                core.interrupt()
-                ordering.interrupt()
-                continue
-            # Hooks that were missed in this segment concern what was pending in it, and nothing later.
-            blind = segment.loss.blind > loss.blind
-            loss = segment.loss
-            events += len(segment.columns["kind"])
-            finished = core.feed(segment.columns, blind=blind, loss=loss)
-            if others is not None:
-                others.result()
-            others = beside.submit(_others, exposure, ordering, segment.columns, loss, finished.lifecycles)
-            lifecycles.append(finished.lifecycles)
-            shutdowns.append(finished.shutdowns)
-        if others is not None:
-            others.result()
-    pending = core.finish(loss).lifecycles
-    ordered = ordering.finish(loss, pending)
-    lifecycles.append(pending)
+    for segment in recording.segments():
+        if segment is None:
+            walk.interrupt()
+            continue
+        # Hooks that were missed in this segment concern what was pending in it, and nothing later.
+        blind = segment.loss.blind > loss.blind
+        loss = segment.loss
+        events += len(segment.columns["kind"])
+        findings.dark(walk.now, segment.columns, loss)
+        walk.feed(segment.columns, blind=blind, loss=loss)
+    vms = vm_table(walk.vms())
+    walk.finish(loss)
+    given = walk.given()
+    findings.add(given.breaks)
+    # Of those at one time the ones that a segment before has ended come first.
+    finished = in_order(given.finished, "raised_ns", "batch", "request", "vcpu_number")
+    shutdowns = in_order(given.shutdowns, "time_ns", "batch", "vcpu_number")
     return Judgement(
-        lifecycles=_joined(lifecycles),
-        shutdowns=_joined(shutdowns),
-        vms=_named(exposure.table(), recording.meta.get("guests", {})),
+        lifecycles=lifecycle_table(finished, names),
+        shutdowns=shutdown_table(shutdowns),
+        vms=_named(vms, meta.get("guests", {})),
         loss=loss,
         events=events,
         left_out=list(recording.left_out),
         clean=recording.clean,
-        meta=recording.meta,
-        ordering=ordered,
+        meta=meta,
+        ordering=findings.ordered(walk.now),
     )
-
-
-def _ordering(meta: Mapping[str, Any], names: Mapping[int, str]) -> Ordering:
-    # Recordings of schema 1 have no flags, and detail boundary only.
-    return Ordering(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
-
-
-def _others(
-    exposure: Exposure, ordering: Ordering, events: Mapping[str, Any], loss: Loss, lifecycles: pd.DataFrame
-) -> None:
-    exposure.feed(events)
-    ordering.feed(events, loss, lifecycles)
-
-
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all tables by time. A column at a time: half of what concat and sort_values take."""
-    full = [table for table in tables if len(table)]
-    if not full:
-        return tables[0]
-    time = "raised_ns" if "raised_ns" in full[0] else "time_ns"
-    when = np.concatenate([table[time].to_numpy() for table in full])
-    order = None if (when[1:] >= when[:-1]).all() else np.argsort(when, kind="stable")
-    joined = {}
-    for name, dtype in full[0].dtypes.items():
-        column = np.concatenate([table[name].to_numpy() for table in full])
-        joined[name] = pd.Series(column if order is None else column.take(order), dtype=dtype, copy=False)
-    tables.clear()  # they can be large
-    return pd.DataFrame(joined, copy=False)
 
 
 def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def source(recording: Recording, judgement: Judgement) -> Source:
     """Return what the reports of a judged recording are made of."""
     from analysis.judge import story
-    from analysis.ordering import timeline
+    from analysis.timeline import timeline
     from reports.source import Source
 
     names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}

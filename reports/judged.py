@@ -40,7 +40,7 @@ VMMS: Mapping[str, str] = {
 }
 
 
-#: Where a vCPU can be when a request is raised (a word of analysis.lifecycle.PLACES), in a few words for people.
+#: Where a vCPU can be when a request is raised (a word of analysis.words.PLACES), in a few words for people.
 PLACES: Mapping[str, str] = {
     "guest": "in the guest",
     "kernel": "in the kernel",

@@ -12,7 +12,8 @@ import pandas as pd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis.ordering import LATE_NS, Ordered, Ordering
+from analysis.cases import LATE_NS
+from analysis.ordering import Ordered, Ordering
 from probes.schema import EVENT, IN_GUEST_MODE, REQUEST_FLAGS, Kind
 from tests.examples import examples
 from tests.property.oracle import Event

@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.cases import LATE_NS
 from analysis.judge import judge
 from analysis.lifecycle import LIFECYCLE
-from analysis.ordering import BREAK, LATE_NS, RULE, RULES, Ordered, Ordering, timeline
+from analysis.ordering import BREAK, RULE, Ordered, Ordering
+from analysis.promises import RULES
+from analysis.timeline import timeline
 from probes.schema import EVENT, IN_GUEST_MODE, REQUEST_FLAGS, Kind
 from tests.property.oracle import Event
 from tracer.loss import Loss, VcpuLoss

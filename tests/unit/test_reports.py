@@ -28,8 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from analysis.latency import bounds
-from analysis.lifecycle import PLACES
-from analysis.ordering import RULES, Ordered, Ordering
+from analysis.ordering import Ordered, Ordering
+from analysis.promises import RULES
+from analysis.words import PLACES
 from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words

@@ -1,0 +1,201 @@
+"""Batches in, what the walk ends out: the side of the pass that makes room and is not compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from analysis import alive, columns, memory, rules, walk
+from analysis.events import Array, Batch, columns_of
+from probes.schema import EVENT
+from tracer.loss import Loss
+
+#: Columns by name, as analysis/columns.py describes them; words are small numbers.
+Table: TypeAlias = dict[str, Array]
+
+
+class Rows:
+    """Columns that grow: what the walk gives out, and with which batch."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        fields: Any = dtype.fields or {}
+        self._columns = {name: np.empty(0, of[0]) for name, of in fields.items()} | {"batch": np.empty(0, np.uint32)}
+        self._count = 0
+
+    def add(self, given: Array, batch: int) -> None:
+        """Add rows."""
+        count = self._count + len(given)
+        for name, column in self._columns.items():
+            if count > len(column):
+                column.resize(
+                    max(count, 2 * len(column)), refcheck=False
+                )  # moves no byte where the kernel can map them
+            column[self._count : count] = batch if name == "batch" else given[name]
+        self._count = count
+
+    def table(self) -> Table:
+        """Return the rows, and hold them no longer."""
+        columns = {name: column[: self._count] for name, column in self._columns.items()}
+        self._columns = {name: column[:0].copy() for name, column in columns.items()}
+        self._count = 0
+        return columns
+
+
+class Given(NamedTuple):
+    """What has ended: lifecycles, shutdown exits, and what has broken a rule of ordering."""
+
+    finished: Table  # columns.ENDED
+    shutdowns: Table  # columns.SHUTDOWN
+    breaks: Table  # columns.BREAK
+
+
+class Pass:
+    """The walk over batch after batch.
+
+    ``names`` maps each watched bit of the word to its request's name; ``full``: the events are of detail full.
+    ``order``: the columns of columns.WANTED for the rules of ordering, where they are checked.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        *,
+        full: bool = False,
+        order: Mapping[str, Any] | None = None,
+        exposure: bool = False,
+    ) -> None:
+        self._wanted = np.zeros(1, columns.WISH)
+        self._wanted["mask"] = sum(1 << bit for bit in names)
+        self._wanted["carrier"] = [rules.carrier(names.get(bit, "")) for bit in range(64)]
+        self._wanted["full"], self._wanted["exposure"] = full, exposure
+        for name, value in (order or {}).items():
+            self._wanted[name] = value
+        self.memory = memory.empty()
+        self._batches = 0
+        self._ended = tuple(Rows(dtype) for dtype in _GIVEN)
+        self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
+
+    @property
+    def now(self) -> Any:
+        """Return what there is once: a record of columns.NOW."""
+        return self.memory.now
+
+    @property
+    def carried(self) -> int:
+        """Return how many vCPUs, pending requests, kicks of them and open cases are carried over."""
+        return int(self.now.vcpus + self.now.pending + self.now.kicks + self.now.cases)
+
+    def feed(self, batch: Batch, *, blind: bool = False, loss: Loss | None = None) -> None:
+        """Take a batch; ``blind`` and ``loss`` as in analysis.lifecycle.Lifecycles.feed."""
+        events = columns_of(batch)
+        self._batches += 1
+        self.now.blind = blind
+        if blind:
+            walk.blind(self.memory)
+        lost, at = _lost(loss), 0
+        while (at := walk.walk(events, at, self._wanted[0], lost, self.memory)) < len(events.kind):
+            self._give()
+            self._make_room()
+        self._give()
+
+    def interrupt(self) -> None:
+        """A part of the recording is missing here."""
+        walk.interrupt(self.memory)
+
+    def finish(self, loss: Loss) -> None:
+        """End what is still pending at the end of the recording, and forget every vCPU."""
+        while len(self.memory.rows) - self.now.used < self.now.pending:  # each may break a rule
+            self.memory = memory.larger(self.memory)
+        self._batches += 1
+        walk.finish(self._wanted[0], _lost(loss), self.memory, 0 in loss.vcpus, loss.blind > 0)
+        self._give()
+
+    def given(self) -> Given:
+        """Return what has ended since the last time, each in the order in which it did."""
+        return Given(*(rows.table() for rows in self._ended))
+
+    def starved(self, rows: Array, order: Mapping[str, Any]) -> None:
+        """Find what breaks the rule on waiting, of lifecycles (columns.PLACE) that were told elsewhere."""
+        wanted = self._wanted.copy()
+        for name, value in order.items():
+            wanted[name] = value
+        while len(self.memory.rows) - self.now.used < len(rows):
+            self.memory = memory.larger(self.memory)
+        walk.starved_rows(wanted[0], self.memory, rows)
+        self._give()
+
+    def vms(self) -> Array:
+        """Return the VMs that an event has told of (columns.VM), in the order in which they were seen."""
+        places, at = [], int(self.now.first_vm)
+        while at != memory.NONE:
+            places.append(at)
+            at = int(self.memory.rows[at].next)
+        vms: Array = self.memory.rows[places]
+        vms = vms[vms["told"] != 0]
+        vms.sort(order="told")
+        return vms
+
+    def _give(self) -> None:
+        """Take what the walk has ended out of the memory."""
+        if len(self._buffers[0]) < len(self.memory.rows):
+            self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
+        gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks)
+        for give, buffer, rows in zip(gives, self._buffers, self._ended, strict=True):
+            if count := give(self.memory, buffer):
+                rows.add(buffer[:count], self._batches)
+
+    def _make_room(self) -> None:
+        """Forget what is old; where less than half is free then, double it."""
+        alive.sweep(self.memory)
+        while 2 * self.now.used > len(self.memory.rows) or 8 * self.now.indexed > len(self.memory.slots):
+            self.memory = memory.larger(self.memory)
+        while not walk.room_for_many(self.memory):
+            self.memory = memory.larger(self.memory)
+
+
+def in_order(table: Table, *keys: str) -> Table:
+    """Return the rows in the order of some columns, the first one first, and those that are equal as they were.
+
+    A column at a time, each freed once it is in order.
+    """
+    first = table[keys[0]]
+    order = np.argsort(first, kind="stable")
+    if len(keys) > 1:
+        # Few have another one beside them that is equal.
+        times = first[order]
+        equal = np.zeros(len(order) + 1, bool)
+        equal[1:-1] = times[1:] == times[:-1]
+        tied = np.flatnonzero(equal[1:] | equal[:-1])
+        of = order[tied]
+        order[tied] = of[np.lexsort([table[key][of] for key in reversed(keys)])]
+    if (order[1:] >= order[:-1]).all():
+        return table
+    return {name: table.pop(name).take(order) for name in list(table)}
+
+
+_GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN)
+
+
+def nothing() -> Given:
+    """Return what nothing ends."""
+    return Given(*(Rows(dtype).table() for dtype in _GIVEN))
+
+
+def _lost(loss: Loss | None) -> Array:
+    """Return rows of vCPU and for how many of its events the ring had no room, ascending."""
+    lost = sorted((number, one.count) for number, one in loss.vcpus.items()) if loss else []
+    return np.array(lost, np.int64).reshape(-1, 2)
+
+
+def warm() -> None:
+    """Run the walk over nothing, so that all of it is compiled."""
+    one = Pass({}, exposure=True)
+    one.feed(np.zeros(0, EVENT), blind=True)
+    one.interrupt()
+    one._make_room()
+    one.finish(Loss())
+    one.starved(np.zeros(0, columns.PLACE), {})
+    memory.larger(one.memory)
+    one.given()
