@@ -157,7 +157,8 @@ def _time_axis(axes: Axes, lanes: Sequence[_Lane]) -> None:
     longest = float(times.max()) if times.size else 1_000.0
     ends = np.array([max(float(lane.times().max()), 1.0) for lane in lanes])
     before = min(max((-lane.before for lane in lanes), default=0.0), longest)
-    if longest / float(ends.min()) <= _SPREAD and longest / float(np.median(times) if times.size else 1) <= _SPREAD:
+    # Without any time, requests were raised by the last events and are open.
+    if not times.size or max(longest / float(ends.min()), longest / float(np.median(times))) <= _SPREAD:
         name, size = unit(longest)
         axes.set_xlim(-min(max(before * 1.1, longest * 0.03), longest * 0.12), longest * 1.03)
         axes.set_xticks(_round_times(axes.get_xlim()[1], size))

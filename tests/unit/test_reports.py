@@ -554,6 +554,12 @@ def test_what_needs_an_operator_comes_first() -> None:
     assert "and 4,960 more" in report
 
 
+def test_requests_raised_by_the_last_events_have_a_picture() -> None:
+    """None of their times is known to be later than another."""
+    rows = [lifecycle(1, "open", userspace_exits=0, ended_after_ns=START_NS + 1_000_000_000) for _ in range(2)]
+    assert "<svg" in html.page([source(judgement(rows))])
+
+
 @pytest.mark.parametrize(
     ("ends", "says"),
     [
