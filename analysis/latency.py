@@ -47,6 +47,8 @@ BOUNDS = {
 KEYS = ("request", "end", "vm", "vcpu_number", "vcpu", "raised_in", "crossed")
 #: Columns of :func:`by_request`.
 LATENCY = ("request", "end", "count", "excluded", *QUANTILES)
+#: What :func:`series` and :func:`heat` take of a lifecycle.
+TIMES = ("request", "raised_by", "raised_after_ns", "raised_ns", "ended_after_ns", "ended_ns")
 #: Columns of :func:`series`.
 SERIES = ("request", "begin_ns", "end_ns", "count", *QUANTILES)
 #: Columns of :func:`heat`.
@@ -68,7 +70,9 @@ def bounds(lifecycles: pd.DataFrame) -> pd.DataFrame:
     columns = {name: _key(lifecycles, name)[known] for name in KEYS}
     columns |= {"raised_ns": lifecycles["raised_ns"].to_numpy()[known], "lower_ns": lower, "upper_ns": upper}
     index = lifecycles.index[known]
-    return pd.DataFrame({name: pd.Series(columns[name], index, dtype) for name, dtype in BOUNDS.items()})
+    # Columns of their own already: there can be millions of rows.
+    made = {name: pd.Series(columns.pop(name), index, dtype, copy=False) for name, dtype in BOUNDS.items()}
+    return pd.DataFrame(made, copy=False)
 
 
 def summary(lifecycles: pd.DataFrame, by: Sequence[str] = ("request", "end")) -> pd.DataFrame:
@@ -171,6 +175,10 @@ def _interval(lifecycles: pd.DataFrame, known: Array) -> tuple[Array, Array]:
 
 def _key(lifecycles: pd.DataFrame, name: str) -> Array:
     values = lifecycles["userspace_exits"] > 0 if name == "crossed" else lifecycles[name]
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        # Each word once: to_numpy can make a string anew for every row.
+        words: Array = values.cat.categories.to_numpy(object)[values.cat.codes.to_numpy()]
+        return words
     return values.to_numpy(BOUNDS[name])
 
 

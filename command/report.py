@@ -66,9 +66,7 @@ def _print(style: str, sources: Sequence[Source]) -> None:
     if style == "json":
         sys.stdout.writelines(document.texts([source.judgement for source in sources]))
     elif style == "csv":
-        import pandas as pd
-
-        table.write_lifecycles(pd.concat([source.judgement.lifecycles for source in sources]), sys.stdout)
+        table.write_lifecycles((source.judgement.lifecycles for source in sources), sys.stdout)
     else:
         print("\n".join(text.report(source) for source in sources), end="")
 

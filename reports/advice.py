@@ -19,6 +19,8 @@ from reports.words import Clock, clip, interval, plural, shown
 if TYPE_CHECKING:
     from analysis.judge import Judgement
 
+# Requests that have all of this in common share a remedy.
+_ALIKE = ["vm", "pid", "end", "request"]
 # A guest's name in running text; a longer one is cut.
 _NAME = 32
 # KVM_CAP_X86_TRIPLE_FAULT_EVENT (uapi linux/kvm.h); Linux commit ed2351174e38 ("KVM: x86: Extend
@@ -45,12 +47,14 @@ def findings(judgement: Judgement, *, most: int = 10) -> list[Finding]:
     """
     known = guests(judgement.vms)
     clock = Clock(judgement.meta["clock"])
-    rows = ranked(judgement.lifecycles[needs_action(judgement.lifecycles)])
-    alike = rows.groupby(["vm", "pid", "end", "request"], sort=False)
+    lifecycles = judgement.lifecycles
+    places = ranked(lifecycles, needs_action(lifecycles))
+    alike = lifecycles[_ALIKE].iloc[places].groupby(_ALIKE, sort=False, observed=True)
+    first = places[alike.cumcount() < most]
     groups: dict[_Remedy, list[dict[str, Any]]] = {}
     counts: Counter[_Remedy] = Counter()
     # Of those of one guest that ended alike the first ones stand for all: there can be very many.
-    for row in records(alike.head(most)):
+    for row in records(lifecycles.iloc[first]):
         group = groups.setdefault(_remedy(row, guest_of(row, known)), [])
         if len(group) < most:
             group.append(row)

@@ -133,10 +133,11 @@ def one_lifecycle(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def each(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield what :func:`records` returns, however long the table is."""
+def each(table: pd.DataFrame, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield what :func:`records` returns, however long the table is; of some columns, if they are named."""
     for start in range(0, len(table), _CHUNK):
-        yield from records(table.iloc[start : start + _CHUNK])
+        part = table.iloc[start : start + _CHUNK]
+        yield from records(part[list(columns)] if columns else part)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

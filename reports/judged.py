@@ -18,6 +18,8 @@ from reports.document import records
 from reports.words import Clock, clip, duration, guest, plural, shown
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from analysis.judge import Judgement
 
 # Worst first; `stale` and `exposed` stand between the ends, see _rank. Ends that are not named here come
@@ -183,10 +185,15 @@ def vmm(name: object) -> str:
     return VMMS.get(name.lower().replace("_", "-").replace(" ", "-"), clip(shown(name), _VMM))
 
 
-def ranked(lifecycles: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
-    """Return the lifecycles, or the first of them, with those that need an operator first, then in order of time."""
-    keys = lifecycles["raised_ns"], ~_carries(lifecycles), _rank(lifecycles)
-    return lifecycles.iloc[np.lexsort(keys)[:most]]
+# What the order of lifecycles is made from: there can be millions of them, and their other columns are not copied.
+_RANKED = ["request", "end", "raised_ns", "blind_saves", "stale", "exposed"]
+
+
+def ranked(lifecycles: pd.DataFrame, chosen: pd.Series[bool]) -> NDArray[np.intp]:
+    """Return the places of these lifecycles with those that need an operator first, then in order of time."""
+    places = np.flatnonzero(chosen)
+    rows = lifecycles[_RANKED].iloc[places]
+    return places[np.lexsort((rows["raised_ns"], ~_carries(rows), _rank(rows)))]
 
 
 def needs_action(lifecycles: pd.DataFrame) -> pd.Series[bool]:
@@ -212,7 +219,9 @@ def grouped(lifecycles: pd.DataFrame) -> pd.DataFrame:
     Columns: ``request``, a column for each end that occurs, in the order of :data:`analysis.verdicts.ENDS`, ``count``,
     ``raised_by`` (by whom most were) and ``share`` of these.
     """
-    sizes = lifecycles.groupby(["request", "end", "raised_by"], sort=False).size().rename("count").reset_index()
+    keys = ["request", "end", "raised_by"]
+    sizes = lifecycles.groupby(keys, sort=False, observed=True).size().rename("count").reset_index()
+    sizes = sizes.astype(dict.fromkeys(keys, "object"))  # a categorical index takes no new column
     ends = sizes.pivot_table(index="request", columns="end", values="count", aggfunc="sum", fill_value=0)
     by = sizes.groupby(["request", "raised_by"], sort=False)["count"].sum().reset_index()
     most = by.sort_values("count", ascending=False, kind="stable").drop_duplicates("request").set_index("request")
@@ -234,7 +243,7 @@ def dropped(lifecycles: pd.DataFrame) -> str:
     names = lifecycles["request"][(lifecycles["end"] == "abandoned") & ~_carries(lifecycles)]
     if names.empty:
         return ""
-    counts = names.value_counts()
+    counts = names.astype("object").value_counts()  # of categories it would list those that do not occur
     told = [f"{shown(str(name))} {count:,}" for name, count in counts.head(_NAMED).items()]
     told += ["others"] if len(counts) > _NAMED else []
     were = plural(len(names), "request was", "requests were")
@@ -251,12 +260,13 @@ def _carries(lifecycles: pd.DataFrame) -> pd.Series[bool]:
 # The place of each row in _RANKS; a request that lived through a blind save comes before those that were
 # never in danger.
 def _rank(lifecycles: pd.DataFrame) -> pd.Series[Any]:
-    word = lifecycles["end"].astype("object")
-    stale = lifecycles["stale"].astype(bool) & word.isin(_SERVED)
-    word = word.mask(stale, "stale").mask(_exposed(lifecycles), "exposed")
-    places = {name: float(place) for place, name in enumerate(_RANKS)}
-    rank: pd.Series[Any] = word.map(places).astype(float).fillna(float(len(_RANKS) + 1))
-    return rank.mask((rank > len(_RANKS)) & (lifecycles["blind_saves"] > 0), float(len(_RANKS)))
+    end = lifecycles["end"]
+    rank = np.where(lifecycles["blind_saves"] > 0, len(_RANKS), len(_RANKS) + 1).astype(np.int8)
+    for place, name in enumerate(_RANKS):
+        rank[end == name] = place
+    rank[lifecycles["stale"].astype(bool) & end.isin(_SERVED)] = _RANKS.index("stale")
+    rank[_exposed(lifecycles)] = _RANKS.index("exposed")
+    return pd.Series(rank, lifecycles.index)
 
 
 def _exposed(lifecycles: pd.DataFrame) -> pd.Series[bool]:

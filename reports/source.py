@@ -65,25 +65,25 @@ class Source:
         return Clock(self.judgement.meta["clock"])
 
     @cached_property
-    def _one_by_one(self) -> pd.DataFrame:
-        lifecycles = self.judgement.lifecycles
-        return lifecycles[judged.one_by_one(lifecycles)]
+    def _one_by_one(self) -> pd.Series[bool]:
+        return judged.one_by_one(self.judgement.lifecycles)
 
     @cached_property
     def verdicts(self) -> pd.DataFrame:
         """Return the lifecycles that are told one by one and that a page has room for, the worst first."""
-        return judged.ranked(self._one_by_one, MOST_ROWS)
+        lifecycles = self.judgement.lifecycles
+        return lifecycles.iloc[judged.ranked(lifecycles, self._one_by_one)[:MOST_ROWS]]
 
     @property
     def more_verdicts(self) -> int:
         """Return how many lifecycles :attr:`verdicts` has no room for."""
-        return len(self._one_by_one) - len(self.verdicts)
+        return int(self._one_by_one.sum()) - len(self.verdicts)
 
     @cached_property
     def others(self) -> pd.DataFrame:
         """Return the other lifecycles by request and end, see :func:`judged.grouped`."""
-        lifecycles = self.judgement.lifecycles
-        return judged.grouped(lifecycles[~judged.one_by_one(lifecycles)])
+        # Columns first, then rows: a copy of what is counted alone.
+        return judged.grouped(self.judgement.lifecycles[["request", "end", "raised_by"]][~self._one_by_one])
 
     @cached_property
     def lanes(self) -> pd.DataFrame:
@@ -147,9 +147,9 @@ class Source:
         return {name: table[table["count"] > 0] for name, table in self._by_request(latency.series).items()}
 
     def _by_request(self, make: Callable[[pd.DataFrame, int], pd.DataFrame]) -> dict[str, pd.DataFrame]:
-        lifecycles = self.judgement.lifecycles
         if not self._mapped:
             return {}
+        lifecycles = self.judgement.lifecycles[list(latency.TIMES)]
         table = make(lifecycles[lifecycles["request"].isin(self._mapped)], PARTS)
         return {name: table[table["request"] == name] for name in self._mapped}
 

@@ -7,6 +7,7 @@ columns.
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from reports.document import UNKNOWN, each
@@ -24,11 +25,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write_lifecycles(lifecycles: pd.DataFrame, out: TextIO) -> None:
-    """Write the lifecycles as CSV with a heading; what has not happened, or is not known, is empty."""
+def write_lifecycles(tables: Iterable[pd.DataFrame], out: TextIO) -> None:
+    """Write tables of lifecycles as one CSV with a heading; what has not happened, or is not known, is empty."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for row in each(lifecycles[list(COLUMNS)]):
+    for row in (row for table in tables for row in each(table, COLUMNS)):
         for name, unknown in _UNKNOWN.items():
             if row[name] == unknown:
                 row[name] = None
