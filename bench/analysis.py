@@ -1,15 +1,20 @@
-"""How fast lifecycles are told from events, on one core, and in how much memory.
+"""How fast lifecycles are told from events, and in how much memory: the steps that bench.judging takes, by hand.
 
-    .venv/bin/python -m bench.analysis [EVENTS]             every stream, through the core alone
-    .venv/bin/python -m bench.analysis write DIR [EVENTS]   a recording of what busy guests do, detail full
-    .venv/bin/python -m bench.analysis judge DIR            what a report does with a recording before it prints it
+    .venv/bin/python -m bench.analysis [EVENTS]              every stream, through the core alone
+    .venv/bin/python -m bench.analysis feed EVENTS STREAM    one of them
+    .venv/bin/python -m bench.analysis turns EVENTS STREAM   the core and pandas, in turns
+    .venv/bin/python -m bench.analysis write DIR [EVENTS]    a recording of what busy guests do, detail full
+    .venv/bin/python -m bench.analysis write-small DIR       a recording of one vCPU with a triple fault pending
+    .venv/bin/python -m bench.analysis judge DIR             what a report does with a recording before it prints it
+    .venv/bin/python -m bench.analysis read DIR              the same columns of the same files, read by pyarrow alone
 
-Each stream is judged in a process of its own, so that its peak memory is its own.
+Each is a process of its own, so that its peak memory is its own; its last line is for bench.judging, in words.
 """
 
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -18,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.judge import judge
 from analysis.lifecycle import Lifecycles
-from bench import busy
+from bench import busy, pandas_way
 from probes import requests
 from probes.schema import EVENT, SCHEMA_VERSION, Flag, Kind, Site
 from tracer.loss import Loss
@@ -69,76 +75,148 @@ def many(events: int) -> Iterator[Any]:
 
 
 STREAMS = {"one pending vCPU": pending, "5,000 vCPUs": many}
+#: These and the one of detail full, which the core takes with every request watched.
+FULL = "detail full, all requests"
 EVENTS = 10_000_000
+_TURNS = 5
+_SMALL = 1_000
+
+
+def _peak_mib() -> float:
+    # Not ru_maxrss: what started this process counts in that.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def _told(name: str, events: int, ended: int, spent_s: float) -> None:
-    # Not ru_maxrss: what started this process counts in that.
-    status = Path("/proc/self/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
-    print(f"{name:<18}{events:>12,}{ended:>12,}{spent_s:>9.2f}{events / spent_s / 1e6:>12.2f}{peak:>10.0f}", flush=True)
+    rate = events / spent_s / 1e6
+    print(f"{name:<26}{events:>12,}{ended:>12,}{spent_s:>9.2f}{rate:>12.2f}{_peak_mib():>10.0f}", flush=True)
 
 
-def measure(name: str, events: int) -> None:
-    """Print how fast one stream was judged, how many lifecycles it ended, and the peak of the process's memory."""
-    core = Lifecycles({10: "triple_fault"})
-    spent, ended = 0.0, 0
-    for batch in STREAMS[name](events):
+def _core(name: str) -> Lifecycles:
+    return Lifecycles(_names(name), full=name == FULL)
+
+
+def _names(name: str) -> dict[int, str]:
+    return dict(requests.names(busy.RELEASE).by_bit) if name == FULL else {10: "triple_fault"}
+
+
+def _batches(name: str, events: int) -> Iterator[Any]:
+    return busy.busy(events) if name == FULL else STREAMS[name](events)
+
+
+def feed(name: str, events: int) -> None:
+    """Print how fast one stream was judged and what it ended; last the peak after a tenth of it, and after all."""
+    core = _core(name)
+    spent, ended, fed, early = 0.0, 0, 0, 0.0
+    for batch in _batches(name, events):
         begin = time.process_time()
         ended += len(core.feed(batch).lifecycles)
         spent += time.process_time() - begin
+        fed += len(batch)
+        if not early and fed >= events // 10:
+            early = _peak_mib()
     _told(name, events, ended, spent)
+    print(early, _peak_mib())
 
 
-def write(path: Path, events: int) -> int:
-    """Record what busy guests do, all requests watched; return the bytes of the segments."""
+def turns(name: str, events: int) -> None:
+    """Print the CPU time that the core took for events in memory, and pandas for the same, in turns; last the ratio.
+
+    Each takes columns: the core in batches, as a recording has them, pandas all at once. Both tell all lifecycles.
+    """
+    batches = [
+        {column: np.ascontiguousarray(batch[column]) for column in EVENT.names or ()}
+        for batch in _batches(name, events)
+    ]
+    frame = pd.concat([pd.DataFrame(batch) for batch in batches], ignore_index=True)
+    names, ratios = _names(name), []
+    for turn in range(_TURNS + 1):
+        begin = time.process_time()
+        core = _core(name)
+        ended = sum(len(core.feed(batch).lifecycles) for batch in batches)
+        ended += len(core.finish(Loss()).lifecycles)
+        between = time.process_time()
+        found = len(pandas_way.lifecycles(frame, names))
+        end = time.process_time()
+        if found != ended:
+            raise RuntimeError(f"{name}: {ended} lifecycles by the core, {found} by pandas")
+        if turn:  # the first one warms up: code is compiled, memory fetched
+            ratios.append((end - between) / (between - begin))
+            print(f"{name}: core {between - begin:.3f} s, pandas {end - between:.3f} s, {found:,} lifecycles")
+    print(statistics.median(ratios))
+
+
+def write(path: Path, batches: Iterator[Any], detail: str) -> int:
+    """Record a stream; all requests are watched in detail full, else triple_fault. Return the bytes of the segments."""
     table = requests.names(busy.RELEASE)
-    by_bit = requests.selected(["all"], table)
+    by_bit = requests.selected(["all" if detail == "full" else "triple_fault"], table)
     meta = {
         "schema": SCHEMA_VERSION,
         "host": "made up",
         "kernel": busy.RELEASE,
         "engine": "kprobe",
-        "detail": "full",
+        "detail": detail,
         "requests": list(by_bit.values()),
         "requests_by_bit": {str(bit): name for bit, name in by_bit.items()},
         "requests_flags": {name: sorted(flags) for name, flags in table.flags.items()},
         "plan": [{"fact": hook, "hook": hook, "unseen": ""} for hook in busy.HOOKS],
-        "clock": {},
+        "clock": {"monotonic_ns": 0, "utc_ns": 0},
         "started_ns": 0,
         "ended_ns": None,
     }
     writer = Writer(path, meta)
-    for batch in busy.busy(events):
+    for batch in batches:
         until = int(batch["time_ns"].max())
         writer.segment(batch, Loss(), until)
         writer.update(ended_ns=until, segments=writer.segments)
     return writer.bytes
 
 
-def measure_recording(path: Path) -> None:
-    """Print the same of the way from segments on disk to a judgement, by the clock: segments are read ahead."""
+def from_disk(path: Path) -> None:
+    """Print how long it took from segments on disk to a judgement, by the clock; last this, how many, and the peak."""
     begin = time.perf_counter()
     judgement = judge(Recording.open(path))
-    _told("full, from disk", judgement.events, len(judgement.lifecycles), time.perf_counter() - begin)
+    took = time.perf_counter() - begin
+    _told("from disk", judgement.events, len(judgement.lifecycles), took)
+    print(took, len(judgement.lifecycles), _peak_mib())
+
+
+def read(path: Path) -> None:
+    """Print how long pyarrow takes for the columns that a recording's reader takes, page checksums looked at too."""
+    import pyarrow.parquet as pq
+
+    first = next(iter(Recording.open(path).segments()))
+    names = list(first.columns) if first is not None else []
+    begin = time.perf_counter()
+    for segment in sorted(path.glob("segment-*.parquet")):
+        with pq.ParquetFile(segment, page_checksum_verification=True, memory_map=False) as file:
+            file.read(columns=names)
+    print(time.perf_counter() - begin)
 
 
 def main() -> None:
-    """Measure every stream, or do one step."""
+    """Do one step, or feed every stream."""
     match sys.argv[1:]:
         case ["write", path, *rest]:
-            write(Path(path), int(rest[0]) if rest else EVENTS)
+            write(Path(path), busy.busy(int(rest[0]) if rest else EVENTS), "full")
+        case ["write-small", path]:
+            write(Path(path), pending(_SMALL), "boundary")
         case ["judge", path]:
-            measure_recording(Path(path))
-        case [events, name]:
-            measure(name, int(events))
+            from_disk(Path(path))
+        case ["read", path]:
+            read(Path(path))
+        case ["feed", events, name]:
+            feed(name, int(events))
+        case ["turns", events, name]:
+            turns(name, int(events))
         case words:
-            print(
-                f"{'stream':<18}{'events':>12}{'lifecycles':>12}{'s':>9}{'M events/s':>12}{'peak MiB':>10}", flush=True
-            )
-            for name in STREAMS:
-                own = [sys.executable, "-m", "bench.analysis", words[0] if words else str(EVENTS), name]
-                subprocess.run(own, check=True)
+            heading = f"{'events':>12}{'lifecycles':>12}{'s':>9}{'M events/s':>12}{'peak MiB':>10}"
+            print(f"{'stream':<26}{heading}", flush=True)
+            for name in (*STREAMS, FULL):
+                own = [sys.executable, "-m", "bench.analysis", "feed", words[0] if words else str(EVENTS), name]
+                told = subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout
+                print(told.splitlines()[0], flush=True)
 
 
 if __name__ == "__main__":
