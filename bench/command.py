@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -22,13 +21,6 @@ class Live:
 
     began_ns: int
     took_s: float
-    cpu_s: float  # what the process used of the CPUs until then: does not depend on what else runs
-
-
-def _cpu_s(pid: int) -> float:
-    # utime and stime of proc_pid_stat(5), after the name, which ends with the last parenthesis.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -51,7 +43,7 @@ def recording(path: Path, *words: str) -> Iterator[Live]:
         else:
             raise RuntimeError(f"kvmreq record failed: {''.join(said)}")
         took = (time.clock_gettime_ns(time.CLOCK_MONOTONIC) - began) / 1e9
-        yield Live(began, took, _cpu_s(process.pid))
+        yield Live(began, took)
     finally:
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=_STOP_S)
