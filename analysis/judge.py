@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from analysis import verdicts
+from analysis import compiled, verdicts
 from analysis.exposure import vm_table
 from analysis.lifecycle import lifecycle_table, shutdown_table
 from analysis.ordering import Findings, Ordered
@@ -76,22 +76,13 @@ class Judgement:
 
 def judge(recording: Source) -> Judgement:
     """Return the verdicts of a recording."""
+    compiled.require()
     meta = recording.meta
     names = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
     # Recordings of schema 1 have no flags, and detail boundary only.
     findings = Findings(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
     walk = Pass(names, full=meta.get("detail") == "full", order=findings.wanted, exposure=True)
-    loss, events = Loss(), 0
-    for segment in recording.segments():
-        if segment is None:
-            walk.interrupt()
-            continue
-        # Hooks that were missed in this segment concern what was pending in it, and nothing later.
-        blind = segment.loss.blind > loss.blind
-        loss = segment.loss
-        events += len(segment.columns["kind"])
-        findings.dark(walk.now, segment.columns, loss)
-        walk.feed(segment.columns, blind=blind, loss=loss)
+    loss, events = _walk_over(recording, walk, findings)
     vms = vm_table(walk.vms())
     walk.finish(loss)
     given = walk.given()
@@ -110,6 +101,22 @@ def judge(recording: Source) -> Judgement:
         meta=meta,
         ordering=findings.ordered(walk.now),
     )
+
+
+def _walk_over(recording: Source, walk: Pass, findings: Findings) -> tuple[Loss, int]:
+    """Feed every segment; return the losses, and how many events there were. The last segment is not kept."""
+    loss, events = Loss(), 0
+    for segment in recording.segments():
+        if segment is None:
+            walk.interrupt()
+            continue
+        # Hooks that were missed in this segment concern what was pending in it, and nothing later.
+        blind = segment.loss.blind > loss.blind
+        loss = segment.loss
+        events += len(segment.columns["kind"])
+        findings.dark(walk.now, segment.columns, loss)
+        walk.feed(segment.columns, blind=blind, loss=loss)
+    return loss, events
 
 
 def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from analysis import alive, columns, memory, rules, walk
+from analysis import alive, columns, compiled, memory, rules, walk
 from analysis.events import Array, Batch, columns_of
 from probes.schema import EVENT
 from tracer.loss import Loss
+
+# So many events are judged in less time than it takes to import numba and to load compiled code.
+_FEW = 5_000
 
 #: Columns by name, as analysis/columns.py describes them; words are small numbers.
 Table: TypeAlias = dict[str, Array]
@@ -73,7 +76,7 @@ class Pass:
         for name, value in (order or {}).items():
             self._wanted[name] = value
         self.memory = memory.empty()
-        self._batches = 0
+        self._batches = self._events = 0
         self._ended = tuple(Rows(dtype) for dtype in _GIVEN)
         self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
 
@@ -90,6 +93,9 @@ class Pass:
     def feed(self, batch: Batch, *, blind: bool = False, loss: Loss | None = None) -> None:
         """Take a batch; ``blind`` and ``loss`` as in analysis.lifecycle.Lifecycles.feed."""
         events = columns_of(batch)
+        self._events += len(events.kind)
+        if self._events > _FEW:
+            compiled.start()
         self._batches += 1
         self.now.blind = blind
         if blind:
@@ -172,7 +178,12 @@ def in_order(table: Table, *keys: str) -> Table:
         order[tied] = of[np.lexsort([table[key][of] for key in reversed(keys)])]
     if (order[1:] >= order[:-1]).all():
         return table
-    return {name: table.pop(name).take(order) for name in list(table)}
+    return {name: _taken(table.pop(name), order) for name in list(table)}
+
+
+def _taken(column: Array, order: Array) -> Array:
+    # Many a column holds one value: that is in any order.
+    return column if (column == column[0]).all() else column.take(order)
 
 
 _GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN)

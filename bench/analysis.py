@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import compiled
 from analysis.judge import judge
 from analysis.lifecycle import Lifecycles
 from bench import busy, pandas_way
@@ -175,6 +176,7 @@ def write(path: Path, batches: Iterator[Any], detail: str) -> int:
 
 def from_disk(path: Path) -> None:
     """Print how long it took from segments on disk to a judgement, by the clock; last this, how many, and the peak."""
+    compiled.warm()  # what a start takes is measured apart
     begin = time.perf_counter()
     judgement = judge(Recording.open(path))
     took = time.perf_counter() - begin

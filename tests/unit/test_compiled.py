@@ -45,7 +45,8 @@ def warm():
 """
 # What the core came to, and where from.
 RUN = """
-from analysis import walk
+from analysis import compiled, walk
+compiled.start()
 total = walk.warm()
 print(total, "plain" if not hasattr(walk.count, "stats") else "kept" if walk.count.stats.cache_hits else "compiled")
 """
@@ -113,11 +114,19 @@ def checkout(tmp_path: Path) -> Checkout:
     new = Checkout(tmp_path / "checkout", tmp_path / "home")
     for folder in ("analysis", "probes", "tracer"):
         (new.root / folder).mkdir(parents=True)
-    for name in ("analysis/__init__.py", "analysis/compiled.py", "tracer/__init__.py", "tracer/errors.py"):
+    for name in (
+        "analysis/__init__.py",
+        "analysis/compiled.py",
+        "analysis/kept.py",
+        "analysis/sources.py",
+        "tracer/__init__.py",
+        "tracer/errors.py",
+    ):
         shutil.copy(CHECKOUT / name, new.root / name)
     (new.root / "probes/schema.py").write_text(SCHEMA)
     (new.root / "analysis/rules.py").write_text(RULES)
     (new.root / "analysis/walk.py").write_text(WALK)
+    (new.root / "analysis/passes.py").write_text("from analysis import walk\n\ndef warm():\n    walk.warm()\n")
     new.home.mkdir()
     return new
 
@@ -260,19 +269,20 @@ def test_numba_warns_no_user(checkout: Checkout) -> None:
     """-W error would make an error of it."""
     warn = "import warnings\nfrom numba.core.errors import NumbaPerformanceWarning\n"
     warn += "warnings.warn('slow', NumbaPerformanceWarning)\nprint('quiet')"
-    assert checkout.run(f"import analysis.compiled\n{warn}") == "quiet"
+    assert checkout.run(f"from analysis import kept\n{warn}") == "quiet"
 
 
 def command(code: str, *, numba: str) -> tuple[int, str, str]:
     """Run code as the command does, in this checkout, with something in numba's place."""
-    lines = f"import sys\nsys.modules['numba'] = {numba}\nimport kvmreq\nwith kvmreq._one_line():\n    {code}"
+    lines = f"import sys\nsys.modules['numba'] = {numba}\n"
+    lines += f"from command.failure import one_line\nwith one_line():\n    {code}"
     done = subprocess.run([sys.executable, "-c", lines], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_without_numba_a_judge_says_what_to_install() -> None:
     """One line and status 1, as for all that a user can mend."""
-    status, out, err = command("import analysis.compiled", numba="None")
+    status, out, err = command("from analysis import kept", numba="None")
     assert (status, out) == (1, "")
     assert err == (
         "kvmreq: to judge a recording takes numba, which cannot be imported: "
