@@ -6,6 +6,7 @@ most the open interval. Losses travel with each segment, as totals since the rec
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -184,6 +185,21 @@ class Writer:
         self.segments += 1
 
 
+@contextlib.contextmanager
+def _given_back() -> Iterator[None]:
+    """At the end give back the memory that segments were read into: pyarrow and the C library keep much of it."""
+    import ctypes
+
+    import pyarrow as pa
+
+    try:
+        yield
+    finally:
+        pa.default_memory_pool().release_unused()
+        with contextlib.suppress(OSError, AttributeError):  # a C library that is not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Segment:
     """A part of a recording: its events, and what had been lost when it ended."""
@@ -250,7 +266,7 @@ class Recording:
         )
         expected = 1
         # The next one is read while this one is being analysed.
-        with ThreadPoolExecutor(1) as ahead:
+        with _given_back(), ThreadPoolExecutor(1) as ahead:
             coming = deque(ahead.submit(self._segment, path) for _, path in numbered[:1])
             for place, (number, path) in enumerate(numbered):
                 if number != expected:
