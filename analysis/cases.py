@@ -12,7 +12,7 @@ from analysis.compiled import compiled
 from analysis.events import Event, holds, lowest, without_lowest
 from analysis.memory import NONE, VCPU, Memory, Record, give, into, look, out_of, take, without
 
-# The rules by number, in the order of analysis.ordering.RULES.
+# The rules by number, in the order of analysis.promises.RULES.
 ENTERED, WAITED, RAISED, STARVED, ORDER = range(5)
 
 #: How late a kick can follow its request, by far: a requester can lose its CPU between the two.

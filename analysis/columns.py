@@ -59,7 +59,7 @@ SHUTDOWN = (
     Column("nested", "bool", "the vCPU was in nested guest mode (L2)"),
 )
 
-# How many requests others only make with a kick (analysis/ordering.py, KICKED), at most.
+# How many requests others only make with a kick (analysis/promises.py, KICKED), at most.
 KICKABLE = 16
 
 #: A vCPU that is alive.
@@ -247,3 +247,21 @@ def given(columns: Iterable[Column]) -> np.dtype[Any]:
 
 #: A lifecycle that has ended, a shutdown exit, and a break of a rule, as the walk gives them out.
 ENDED, SHUT, BROKEN = given(_ENDED), given(SHUTDOWN), given(BREAK)
+
+
+def page() -> str:
+    """Return docs/lifecycle.md: what each column of a finished table holds."""
+    lines = [
+        "# Columns of lifecycles and of shutdown exits",
+        "",
+        "One row for each request instance, and one for each KVM_EXIT_SHUTDOWN. Times are CLOCK_MONOTONIC, in ns.",
+        "[proof.md](proof.md) tells what the words mean. Written by `python -m analysis.columns`.",
+    ]
+    for title, columns in (("Lifecycles", FINISHED), ("Shutdown exits", SHUTDOWN)):
+        lines += ["", f"## {title}", "", "| column | type | holds |", "| --- | --- | --- |"]
+        lines += [f"| {column.name} | {column.dtype} | {column.meaning} |" for column in columns]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -22,7 +22,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WANTED = CHECKOUT / "tests/mutants.toml"
-COPIED = ("analysis", "bench", "lab", "probes", "reports", "tests", "tracer", "kvmreq.py")
+COPIED = ("analysis", "bench", "lab", "probes", "reports", "tests", "tracer", "command", "setup.cfg")
 DECORATOR = "@compiled\n"
 # Whatever else became of a mutant was noticed: a test failed, or never came to an end.
 UNNOTICED = ("survived", "no tests", "skipped", "suspicious")
