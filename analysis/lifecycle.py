@@ -49,12 +49,16 @@ def shutdown_table(shutdowns: Table) -> pd.DataFrame:
 
 
 def _table(of: Sequence[columns.Column], rows: Table, names: Mapping[int, str]) -> pd.DataFrame:
-    # A Series of objects, lest pandas look through them for strings.
+    """Return the table of these rows, which are used up."""
     made: dict[str, Any] = {}
+    whys = _whys(rows) if any(column.dtype == "text" for column in of) else None
+    for name in set(rows) - {column.name for column in of}:
+        del rows[name]  # of millions of rows that is much
     for column in of:
-        values = rows[column.name]
+        values = rows.pop(column.name)
+        # A Series of objects, lest pandas look through them for strings.
         if column.dtype == "text":
-            made[column.name] = pd.Series(_whys(rows), dtype=object)
+            made[column.name] = pd.Series(whys, dtype=object)
         elif column.dtype == "word":
             made[column.name] = pd.Series(_words_of(column.name, names)[values], dtype=object)
         else:
