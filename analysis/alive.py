@@ -22,6 +22,8 @@ def new_vcpu(memory: Memory, event: Event) -> int:
     vcpu.seen = vcpu.cut = vcpu.named = vcpu.staying = False
     vcpu.pending = vcpu.kicks = vcpu.cases = vcpu.of_vm = vcpu.next_of_vm = NONE
     vcpu.last_kick_ns[:] = -1
+    vcpu.period_ns = vcpu.doing = vcpu.outer = vcpu.inner = 0
+    vcpu.why_left = vcpu.exits = vcpu.changes = vcpu.guest_exit = vcpu.user_exit = NONE
     return place
 
 

@@ -91,6 +91,19 @@ VCPU = (
     Column("stay_begin_ns", "i8", "when that requester began"),
     Column("stay_ns", "i8", "when it returned"),
     Column("stay_request", "i8", "what it had asked for"),
+    # For periods.
+    Column("period_ns", "i8", "how far its own events have come; 0: there was none"),
+    Column("doing", "i8", "what it can have been doing since the last one: a set of period_rules"),
+    Column("outer", "i8", "the period that is open, place in PERIODS; 0: none"),
+    Column("inner", "i8", "and the one inside it"),
+    Column("why_left", "i8", "why it has left the guest just now: instruction set << 32 | reason; -1: it has not"),
+    # For counts.
+    Column("exits", "i8", "the first of its rows of EXIT; -1: none"),
+    Column("changes", "i8", "its row of CHANGES; -1: none"),
+    Column("guest_exit", "i8", "row of the exit from the guest that goes on; -1: none, or its end is uncertain"),
+    Column("guest_exit_ns", "i8", "when that began"),
+    Column("user_exit", "i8", "row of the exit to user space that goes on; -1: as there"),
+    Column("user_exit_ns", "i8", "when that began"),
 )
 
 #: A VM, for as long as a vCPU of it is alive; with exposure for ever.
@@ -158,6 +171,35 @@ BREAK = (
     Column("after", "i8", "and after: all that are open are a list"),
 )
 
+#: Where a period of a vCPU begins or ends.
+EDGE = (
+    Column("vcpu", "u4", "number of the vCPU in the recording"),
+    Column("time_ns", "i8", "CLOCK_MONOTONIC"),
+    Column("begins", "bool", "else it ends"),
+    Column("period", "u1", "place in period_rules.PERIODS"),
+    Column("left", "i8", "why the guest was left there: instruction set << 32 | reason; -1: it was not"),
+    Column("over", "u1", "it ends with its vCPU: 1, with its process: 2, else 0"),
+)
+
+#: Exits of one vCPU for one reason: what probes.stat.KEY and VALUE hold, but for the buckets.
+EXIT = (
+    Column("vcpu", "i8", "number of the vCPU in the recording"),
+    Column("kind", "i8", "a probes.exits.Kind"),
+    Column("reason", "i8", "the kernel's number of it"),
+    Column("variant", "i8", "from the guest: the instruction set or 0, as the event tells; to user space: the error"),
+    Column("next", "i8", "the next row of the vCPU; -1: none"),
+    Column("count", "i8", "exits that began"),
+    Column("sum_ns", "i8", "how long those took that ended"),
+    Column("max_ns", "i8", "the longest one"),
+)
+
+#: What came and went in the word of one vCPU, by bit: probes.stat.WORDS.
+CHANGES = (
+    Column("vcpu", "i8", "number of the vCPU in the recording"),
+    Column("raised", "(64,)i8", "readings that found it newly set"),
+    Column("serviced", "(64,)i8", "readings that found it gone"),
+)
+
 #: What there is once.
 NOW = (
     Column("top_ns", "i8", "how far the stream has come"),
@@ -174,11 +216,17 @@ NOW = (
     Column("indexed", "i8", "numbers in the index"),
     *(Column(name, "i8", "how many there are") for name in ("vcpus", "pending", "kicks", "cases")),
     *(Column(f"first_{name}", "i8", "of a list of all") for name in ("vcpu", "vm", "case", "thread")),
-    *(Column(name, "i8", "the last one to be given out") for name in ("finished", "shutdowns", "breaks")),
-    *(Column(f"many_{name}", "i8", "how many") for name in ("finished", "shutdowns", "breaks")),
+    *(Column(name, "i8", "the last one to be given out") for name in ("finished", "shutdowns", "breaks", "edges")),
+    *(Column(f"many_{name}", "i8", "how many") for name in ("finished", "shutdowns", "breaks", "edges")),
     Column("checked", "(5,)i8", "by rule of ordering"),
     Column("undecided", "(5,)i8", "by rule of ordering"),
     Column("broken", "(5,64)i8", "by rule of ordering and request"),
+    # For counts.
+    Column("exits", "i8", "rows of EXIT in use"),
+    Column("changes", "i8", "rows of CHANGES in use"),
+    Column("guest_events", "i8", "entries into the guest and exits from it"),
+    Column("user_events", "i8", "beginnings and ends of KVM_RUN"),
+    Column("missing", "i8", "events that gaps in seq have told to be lost"),
 )
 
 #: What the walk is to find out.
@@ -187,6 +235,8 @@ WANTED = (
     Column("carrier", "(64,)i8", "by bit: what keeps it in a save, analysis.rules.carrier"),
     Column("full", "bool", "detail full: each reading of the word is an event"),
     Column("exposure", "bool", "VMs are told"),
+    Column("periods", "bool", "what each vCPU is doing"),
+    Column("counts", "bool", "exits and changes of the word are counted"),
     # For the rules of ordering.
     Column("order", "bool", "they are checked"),
     Column("starves", "bool", "the hooks that this rule needs are there"),
@@ -231,8 +281,10 @@ def record(*kinds: tuple[Column, ...]) -> np.dtype[Any]:
 
 _LINK = (Column("next", "i8", "the next one of the list that it is in, or of the free places; -1: none"),)
 #: A place of analysis.memory: whatever is carried over from event to event.
-PLACE = record(*((*_LINK, *kind) for kind in (VCPU, VM, PENDING, KICK, THREAD, BREAK, SHUTDOWN)))
+PLACE = record(*((*_LINK, *kind) for kind in (VCPU, VM, PENDING, KICK, THREAD, BREAK, SHUTDOWN, EDGE)))
 ONCE, WISH = record(NOW), record(WANTED)
+#: Rows of what is counted: they are never given out one by one.
+EXITS, CHANGED = record(EXIT), record(CHANGES)
 
 #: What is known of the events that are missing in a lifecycle.
 GAPS = ("gap", "gap_lost", "gap_from", "gap_to", "cut", "unseen")
@@ -245,8 +297,8 @@ def given(columns: Iterable[Column]) -> np.dtype[Any]:
     return np.dtype((np.record, [(column.name, small.get(column.dtype, column.dtype)) for column in columns]))
 
 
-#: A lifecycle that has ended, a shutdown exit, and a break of a rule, as the walk gives them out.
-ENDED, SHUT, BROKEN = given(_ENDED), given(SHUTDOWN), given(BREAK)
+#: A lifecycle that has ended, a shutdown exit, a break of a rule, and an edge, as the walk gives them out.
+ENDED, SHUT, BROKEN, EDGES = given(_ENDED), given(SHUTDOWN), given(BREAK), given(EDGE)
 
 
 def page() -> str:

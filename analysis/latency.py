@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.rows import by_key
-
 Array = npt.NDArray[Any]
 
 # In thousandths, so that which of n values is meant is exact: the smallest that so many of the others do not exceed.
@@ -216,7 +214,7 @@ def _distributions(codes: Array, count: Array, lower: Array, upper: Array) -> pd
     columns: dict[str, Any] = {}
     for bound, values in (("lower", lower), ("upper", upper)):
         order = np.argsort(values)
-        order = order[by_key(codes[order].astype("u4"))]
+        order = order[np.argsort(codes[order], kind="stable")]
         ordered = values[order]
         for name, thousandths in _QUANTILES.items():
             chosen = pd.array(np.zeros(len(count), np.int64), "Int64")

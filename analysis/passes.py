@@ -7,13 +7,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from analysis import alive, columns, compiled, memory, rules, walk
-from analysis.events import Array, Batch, columns_of
+from analysis import alive, columns, compiled, exit_rules, memory, rules, walk
+from analysis.events import Array, Batch, Columns, columns_of
 from probes.schema import EVENT
 from tracer.loss import Loss
 
 # So many events are judged in less time than it takes to import numba and to load compiled code.
 _FEW = 5_000
+
+# Reasons and vCPUs that are counted before more room is made.
+_ROWS = 1 << 10
 
 #: Columns by name, as analysis/columns.py describes them; words are small numbers.
 Table: TypeAlias = dict[str, Array]
@@ -46,18 +49,20 @@ class Rows:
 
 
 class Given(NamedTuple):
-    """What has ended: lifecycles, shutdown exits, and what has broken a rule of ordering."""
+    """What has ended: lifecycles, shutdown exits, what has broken a rule of ordering; and edges of periods."""
 
     finished: Table  # columns.ENDED
     shutdowns: Table  # columns.SHUTDOWN
     breaks: Table  # columns.BREAK
+    edges: Table  # columns.EDGE
 
 
 class Pass:
     """The walk over batch after batch.
 
     ``names`` maps each watched bit of the word to its request's name; ``full``: the events are of detail full.
-    ``order``: the columns of columns.WANTED for the rules of ordering, where they are checked.
+    ``order``: the columns of columns.WANTED for the rules of ordering, where they are checked. ``exposure``: VMs are
+    told; ``periods``: what each vCPU is doing; ``counts``: exits and changes of the word are counted.
     """
 
     def __init__(
@@ -67,14 +72,18 @@ class Pass:
         full: bool = False,
         order: Mapping[str, Any] | None = None,
         exposure: bool = False,
+        periods: bool = False,
+        counts: bool = False,
     ) -> None:
         self._wanted = np.zeros(1, columns.WISH)
         self._wanted["mask"] = sum(1 << bit for bit in names)
         self._wanted["carrier"] = [rules.carrier(names.get(bit, "")) for bit in range(64)]
         self._wanted["full"], self._wanted["exposure"] = full, exposure
+        self._wanted["periods"], self._wanted["counts"] = periods, counts
         for name, value in (order or {}).items():
             self._wanted[name] = value
         self.memory = memory.empty()
+        self.counted = exit_rules.nothing(_ROWS if counts else 0)
         self._batches = self._events = 0
         self._ended = tuple(Rows(dtype) for dtype in _GIVEN)
         self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
@@ -100,10 +109,13 @@ class Pass:
         if blind:
             walk.blind(self.memory)
         lost, at = _lost(loss), 0
-        while (at := walk.walk(events, at, self._wanted[0], lost, self.memory)) < len(events.kind):
+        while (at := self._walk(events, at, lost)) < len(events.kind):
             self._give()
             self._make_room()
         self._give()
+
+    def _walk(self, events: Columns, at: int, lost: Array) -> int:
+        return walk.walk(events, at, self._wanted[0], lost, self.memory, self.counted)
 
     def interrupt(self) -> None:
         """A part of the recording is missing here."""
@@ -111,7 +123,8 @@ class Pass:
 
     def finish(self, loss: Loss) -> None:
         """End what is still pending at the end of the recording, and forget every vCPU."""
-        while len(self.memory.rows) - self.now.used < self.now.pending:  # each may break a rule
+        # Each request that is pending may break a rule, and each vCPU may have two periods that are open.
+        while len(self.memory.rows) - self.now.used < self.now.pending + 2 * self.now.vcpus:
             self.memory = memory.larger(self.memory)
         self._batches += 1
         walk.finish(self._wanted[0], _lost(loss), self.memory, 0 in loss.vcpus, loss.blind > 0)
@@ -120,6 +133,10 @@ class Pass:
     def given(self) -> Given:
         """Return what has ended since the last time, each in the order in which it did."""
         return Given(*(rows.table() for rows in self._ended))
+
+    def edges(self) -> Table:
+        """Return where periods have begun and ended since the last time, and leave all else."""
+        return self._ended[_GIVEN.index(columns.EDGES)].table()
 
     def starved(self, rows: Array, order: Mapping[str, Any]) -> None:
         """Find what breaks the rule on waiting, of lifecycles (columns.PLACE) that were told elsewhere."""
@@ -133,20 +150,28 @@ class Pass:
 
     def vms(self) -> Array:
         """Return the VMs that an event has told of (columns.VM), in the order in which they were seen."""
-        places, at = [], int(self.now.first_vm)
-        while at != memory.NONE:
-            places.append(at)
-            at = int(self.memory.rows[at].next)
-        vms: Array = self.memory.rows[places]
-        vms = vms[vms["told"] != 0]
+        known = self._listed(self.now.first_vm, "next")
+        vms: Array = known[known["told"] != 0]
         vms.sort(order="told")
         return vms
+
+    def vcpus(self) -> Array:
+        """Return the vCPUs that are known (columns.VCPU): all that is carried over where nothing is watched."""
+        return self._listed(self.now.first_vcpu, "after")
+
+    def _listed(self, first: int, link: str) -> Array:
+        places, at = [], int(first)
+        while at != memory.NONE:
+            places.append(at)
+            at = int(self.memory.rows[at][link])
+        rows: Array = self.memory.rows[places]
+        return rows
 
     def _give(self) -> None:
         """Take what the walk has ended out of the memory."""
         if len(self._buffers[0]) < len(self.memory.rows):
             self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
-        gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks)
+        gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks, walk.give_edges)
         for give, buffer, rows in zip(gives, self._buffers, self._ended, strict=True):
             if count := give(self.memory, buffer):
                 rows.add(buffer[:count], self._batches)
@@ -158,6 +183,8 @@ class Pass:
             self.memory = memory.larger(self.memory)
         while not walk.room_for_many(self.memory):
             self.memory = memory.larger(self.memory)
+        while 2 * max(self.now.exits, self.now.changes) > len(self.counted.exits):
+            self.counted = exit_rules.larger(self.counted)
 
 
 def in_order(table: Table, *keys: str) -> Table:
@@ -185,7 +212,7 @@ def _taken(column: Array, order: Array) -> Array:
     return column if (column == column[0]).all() else column.take(order)
 
 
-_GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN)
+_GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN, columns.EDGES)
 
 
 def nothing() -> Given:
@@ -201,7 +228,7 @@ def _lost(loss: Loss | None) -> Array:
 
 def warm() -> None:
     """Run the walk over nothing, so that all of it is compiled."""
-    one = Pass({}, exposure=True)
+    one = Pass({}, exposure=True, periods=True, counts=True)
     one.feed(np.zeros(0, EVENT), blind=True)
     one.interrupt()
     one._make_room()

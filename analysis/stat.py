@@ -7,16 +7,17 @@ it: at most 1/16 away from the truth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from analysis.rows import by_key
+from analysis import compiled
+from analysis.events import Batch
+from analysis.passes import Pass
 from probes.exits import Kind
 from probes.requests import bit_name
-from probes.schema import EVENT
 from probes.schema import Kind as EventKind
 from probes.stat import BITS, BUCKETS, KEY, VALUE, WORDS, Counts
 
@@ -220,96 +221,56 @@ def requests(counts: Counts, names: Mapping[int, str]) -> list[Request]:
 
 # --- from a recording ---------------------------------------------------------------------------------------
 
-#: Events that begin and end a time, by kind.
-_BEGIN = {Kind.GUEST: EventKind.GUEST_EXIT, Kind.USER: EventKind.RUN_EXIT}
-_END = {Kind.GUEST: EventKind.GUEST_ENTRY, Kind.USER: EventKind.RUN_ENTER}
 
-
-@dataclass(frozen=True)
 class Recorded:
-    """What the events of a recording tell until some segment; ``carried`` are those that the next one needs."""
+    """What the events of a recording of detail full tell until now, fed batch by batch (analysis/exit_rules.py)."""
 
-    counts: Counts = field(default_factory=Counts)
-    events: Mapping[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))  # that begin or end a time
-    gaps: int = 0  # events that were lost between those that are there: times across them are not counted
-    carried: Array = field(default_factory=lambda: np.zeros(0, EVENT))
+    def __init__(self) -> None:
+        self._pass = Pass({}, counts=True)
+        self._isa = 0
 
+    def feed(self, events: Batch, isa: int = 0) -> None:
+        """Take a batch; ``isa``: the instruction set that names the reasons of exits where the event does not tell."""
+        self._isa = isa
+        self._pass.feed(events)
 
-def recorded(batch: Array, before: Recorded | None = None, isa: int = 0) -> Recorded:
-    """Count all exits and requests in a batch of events of detail full, on top of what ``before`` holds.
+    @property
+    def counts(self) -> Counts:
+        """Return all that was counted."""
+        counted, now = self._pass.counted, self._pass.now
+        exits, changes = counted.exits[: now.exits], counted.changes[: now.changes]
+        keys, values, words = np.zeros(len(exits), KEY), np.zeros(len(exits), VALUE), np.zeros(len(changes), WORDS)
+        for name in KEY.names or ():
+            keys[name] = exits[name]
+        keys["variant"][(keys["kind"] == Kind.GUEST) & (keys["variant"] == 0)] = self._isa
+        for name in ("count", "sum_ns", "max_ns"):
+            values[name] = exits[name]
+        values["buckets"] = counted.buckets[: now.exits]
+        for name in ("raised", "serviced"):
+            words[name] = changes[name]
+        return together(Counts(keys, values, changes["vcpu"].astype("u4"), words))
 
-    ``isa`` is the instruction set that names the reasons of exits from the guest, where the event does not tell it.
-    """
-    before = before or Recorded()
-    # Without those about a whole VM or VMM, and those of other threads.
-    events = np.concatenate([before.carried, batch[(batch["vcpu"] > 0) & (batch["seq"] > 0)]])
-    order = by_key(events["vcpu"])
-    events, carried = events[order], order < len(before.carried)
-    vcpu, kind, times = events["vcpu"], events["kind"], events["time_ns"].astype("i8")
-    same = np.zeros(len(events), bool)
-    same[1:] = vcpu[1:] == vcpu[:-1]
-    # The first event of a vCPU is number 1. What is missing between carried ones was counted with them.
-    seq = events["seq"].astype("i8")
-    missing = np.where(carried, 0, np.where(same, np.diff(seq, prepend=0), seq) - 1)
-    lost_until = np.cumsum(missing)
+    @property
+    def events(self) -> dict[Kind, int]:
+        """Return how many events were there that begin or end a time."""
+        return {Kind.GUEST: int(self._pass.now.guest_events), Kind.USER: int(self._pass.now.user_events)}
 
-    last = np.zeros(len(events), bool)
-    last[:-1] = ~same[1:]
-    last[-1:] = True
-    # How much had been lost when the last event of the same vCPU came.
-    lost_at_end = lost_until[last][np.cumsum(last) - last]
-    keep = last.copy()
-    parts, seen = [before.counts], {}
-    for which in Kind:
-        begins = kind == _BEGIN[which]
-        rows = np.flatnonzero(begins | (kind == _END[which]))
-        # A begin has an end if the next row of either is one, of the same vCPU, with nothing lost between.
-        begin, end = rows[:-1], rows[1:]
-        paired = begins[begin] & ~begins[end] & (vcpu[begin] == vcpu[end]) & (lost_until[begin] == lost_until[end])
-        ended = np.zeros(len(events), bool)
-        ended[begin[paired]] = True
-        lasted = np.zeros(len(events), "i8")
-        lasted[begin[paired]] = np.maximum(times[end[paired]] - times[begin[paired]], 0)
-        final = np.ones(rows.size, bool)
-        final[:-1] = vcpu[begin] != vcpu[end]
-        waiting = rows[final]
-        keep[waiting[begins[waiting] & (lost_until[waiting] == lost_at_end[waiting])]] = True
-        seen[which] = before.events[which] + int((~carried[rows]).sum())
-        parts.append(_times(events[begins], which, isa, ~carried[begins], ended[begins], lasted[begins]))
-    fresh = events[~carried]
-    parts.append(_words(fresh))
-    return Recorded(together(*parts), seen, before.gaps + int(missing.sum()), events[keep])
+    @property
+    def gaps(self) -> int:
+        """Return how many events were lost between those that are there: times across them are not counted."""
+        return int(self._pass.now.missing)
+
+    @property
+    def carried(self) -> Array:
+        """Return what is carried over besides what was counted: the vCPUs that are alive (columns.VCPU)."""
+        return self._pass.vcpus()
 
 
-# Count the events that begin a time, and the times of those that ended.
-def _times(begins: Array, kind: Kind, isa: int, counted: Array, ended: Array, lasted: Array) -> Counts:
-    keys = np.zeros(len(begins), KEY)
-    keys["vcpu"], keys["kind"] = begins["vcpu"], kind
-    keys["reason"] = begins["arg"] & np.uint64(0xFFFFFFFF)
-    if kind is Kind.GUEST:
-        keys["variant"] = np.where(begins["detail"] == 0, isa, begins["detail"])
-    else:
-        keys["variant"] = (begins["arg"] >> np.uint64(32)).astype("u4").view("i4")
-    unique, group = np.unique(keys, return_inverse=True)
-    values = np.zeros(len(unique), VALUE)
-    np.add.at(values["count"], group[counted], 1)
-    group, lasted = group[ended], lasted[ended]
-    np.add.at(values["sum_ns"], group, lasted.astype("u8"))
-    np.maximum.at(values["max_ns"], group, lasted.astype("u8"))
-    np.add.at(values["buckets"], (group, buckets_of(lasted)), 1)
-    return Counts(unique, values)
-
-
-# What came and went at each reading; of the first one of a vCPU nobody knows what came.
-def _words(events: Array) -> Counts:
-    changed = np.where(events["since_ns"] > 0, events["requests"] ^ events["before"], 0).astype("u8")
-    rows = np.flatnonzero(changed)
-    numbers, group = np.unique(events["vcpu"][rows], return_inverse=True)
-    words = np.zeros(len(numbers), WORDS)
-    shifts = np.arange(64, dtype="u8")
-    for name, bits in (("raised", changed & events["requests"]), ("serviced", changed & events["before"])):
-        np.add.at(words[name], group, (bits[rows][:, None] >> shifts) & np.uint64(1))
-    return Counts(vcpus=numbers, words=words)
+def recorded(batch: Batch, before: Recorded | None = None, isa: int = 0) -> Recorded:
+    """Count all exits and requests in a batch of events of detail full, on top of what ``before`` holds."""
+    told = before or Recorded()
+    told.feed(batch, isa)
+    return told
 
 
 @dataclass(frozen=True)
@@ -333,20 +294,28 @@ def of_recording(
 
     Read segment by segment; a segment that is missing is a gap in every vCPU's events.
     """
+    compiled.require()
     told, last = Recorded(), None
     known: dict[tuple[int, int], set[int]] = {}
     wanted: list[int] = []
     for segment in recording.segments():
         if segment is None:
             continue  # the sequence numbers of what follows tell the gap
-        last, events = segment, segment.events
-        new = events[events["kind"] == EventKind.VCPU_NEW]
-        take = np.ones(len(new), bool)
+        last, events = segment, segment.columns
+        rows = np.flatnonzero(events["kind"] == EventKind.VCPU_NEW)
+        new = {name: events[name][rows] for name in ("vcpu", "detail", "pid", "arg")}
+        take = np.ones(len(rows), bool)
         for name, values in (("pid", pids), ("detail", vms), ("arg", vcpus)):
             if values:
                 take &= np.isin(new[name], np.asarray(values))
         wanted += new["vcpu"][take].tolist()
-        for vm, pid, vcpu in new[take][["detail", "pid", "arg"]].tolist():
+        for vm, pid, vcpu in zip(*(new[name][take].tolist() for name in ("detail", "pid", "arg")), strict=True):
             known.setdefault((vm, pid), set()).add(vcpu)
-        told = recorded(events[np.isin(events["vcpu"], np.asarray(wanted, "u4"))], told, isa)
+        told.feed(_of(events, wanted), isa)
     return told, [Vm(vm, pid, sorted(ids)) for (vm, pid), ids in sorted(known.items())], last
+
+
+def _of(events: Mapping[str, Array], vcpus: Sequence[int]) -> Mapping[str, Array]:
+    """Return the events of some vCPUs, and the exits of processes: with those vCPUs end, too."""
+    of = np.isin(events["vcpu"], np.asarray(vcpus, "u4")) | (events["kind"] == EventKind.VMM_EXIT)
+    return events if of.all() else {name: column[of] for name, column in events.items()}

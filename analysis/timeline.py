@@ -10,8 +10,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.cases import LATE_NS
-from analysis.periods import PERIODS, Periods
+from analysis.passes import Pass
+from analysis.periods import PERIODS, edges_of
 from probes.schema import EVENT, REMOTE, REQUEST_MASK, Kind
+from tracer.loss import Loss
 
 Array = npt.NDArray[Any]
 
@@ -55,8 +57,10 @@ def timeline(
     own, kicks = _stretch(recording, vcpu_number, begin_ns, end_ns, most)
     rows: list[tuple[str, str, int, int]] = []
     if len(own):
-        periods = Periods()
-        edges = periods.feed(own) + periods.finish()
+        walk = Pass({}, periods=True)
+        walk.feed(own)
+        walk.finish(Loss())
+        edges = edges_of(walk.edges())
         for number, name in enumerate(PERIODS):
             if name in _TRACKS:
                 of = edges.period == number

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import alive, cases, order_rules, rules, transitions
-from analysis.columns import BROKEN, ENDED, SHUT
+from analysis import alive, cases, exit_rules, order_rules, period_rules, rules, transitions
+from analysis.columns import BROKEN, EDGES, ENDED, SHUT
 from analysis.compiled import compiled, each_of
 from analysis.events import (
     CAP,
@@ -23,41 +23,44 @@ from analysis.events import (
     signed,
     without_change,
 )
+from analysis.exit_rules import Counted
 from analysis.memory import NONE, VCPU, VM, Memory, Record, give, look
 from probes.schema import KVM_EXIT_SHUTDOWN, REQUEST_MASK, Kind
 
-# What one event can need at most: requests that rise, what others did about them, cases and breaks, one for each bit.
+# What one event can need at most: requests that rise, what others did about them, cases and breaks, one for each bit;
+# and edges of periods.
 _PLACES = 512
 _MASK = np.uint64(REQUEST_MASK)
 _SHUTDOWN = np.uint64(KVM_EXIT_SHUTDOWN)
-_ENDED, _SHUT, _BROKEN = ENDED.names or (), SHUT.names or (), BROKEN.names or ()
+_ENDED, _SHUT, _BROKEN, _EDGES = (of.names or () for of in (ENDED, SHUT, BROKEN, EDGES))
 
 
 @compiled
-def walk(columns: Columns, begin: int, wanted: Record, lost: Array, memory: Memory) -> int:
+def walk(columns: Columns, begin: int, wanted: Record, lost: Array, memory: Memory, counted: Counted) -> int:
     """Handle the events of a batch from ``begin`` on; return where more room is needed, or the length of the batch.
 
     ``lost``: rows of vCPU and for how many of its events the ring had no room, ascending.
     """
     at, end = begin, len(columns.kind)
     while at < end:
-        until = min(end, at + _room(memory))
+        until = min(end, at + _room(wanted, memory, counted))
         if until == at:
             return at
         while at < until:
             event = event_at(columns, at)
             if _concerns_many(event) and not room_for_many(memory):
                 return at
-            _handle(wanted, lost, memory, event)
+            _handle(wanted, lost, memory, counted, event)
             at += 1
     return end
 
 
 @compiled
-def _room(memory: Memory) -> int:
+def _room(wanted: Record, memory: Memory, counted: Counted) -> int:
     """Return how many events there is room for, whatever they are."""
     free = min(len(memory.rows) - memory.now.used, len(memory.slots) // 4 - memory.now.indexed)
-    return int(max(free, 0) // _PLACES)
+    events = max(free, 0) // _PLACES
+    return int(min(events, exit_rules.room(counted, memory)) if wanted.counts else events)
 
 
 @compiled
@@ -67,13 +70,13 @@ def _concerns_many(event: Event) -> bool:
 
 @compiled
 def room_for_many(memory: Memory) -> bool:
-    """Such an event can need a place for each vCPU, or for each request that is pending."""
+    """Such an event can need a place for each vCPU, or for each period and each request of it that is open."""
     now = memory.now
-    return bool(len(memory.rows) - now.used >= _PLACES + now.vcpus + now.pending)
+    return bool(len(memory.rows) - now.used >= _PLACES + 2 * now.vcpus + now.pending)
 
 
 @compiled
-def _handle(wanted: Record, lost: Array, memory: Memory, event: Event) -> None:
+def _handle(wanted: Record, lost: Array, memory: Memory, counted: Counted, event: Event) -> None:
     now = memory.now
     if event.time_ns > now.top_ns:
         now.top_ns = event.time_ns
@@ -95,14 +98,14 @@ def _handle(wanted: Record, lost: Array, memory: Memory, event: Event) -> None:
         if place != NONE:
             order_rules.in_guest_still(memory, wanted, memory.rows[place], event)
     elif event.seq != 0:
-        _own(wanted, memory, event)
+        _own(wanted, memory, counted, event)
 
 
 # --- one vCPU -----------------------------------------------------------------------------------------------------
 
 
 @compiled
-def _own(wanted: Record, memory: Memory, event: Event) -> None:
+def _own(wanted: Record, memory: Memory, counted: Counted, event: Event) -> None:
     """Handle an event that a vCPU has numbered."""
     place = memory.now.last
     if place == NONE or memory.rows[place].number != event.vcpu:
@@ -119,6 +122,10 @@ def _own(wanted: Record, memory: Memory, event: Event) -> None:
     if first:
         vcpu.pid = event.pid
     missing = rules.missing_before(vcpu, event)
+    if wanted.periods:
+        period_rules.period(memory, vcpu, event, missing)
+    if wanted.counts:
+        exit_rules.count(counted, memory, vcpu, event, missing)
     if event.kind == Kind.VCPU_NEW:
         alive.join(wanted, memory, place, event)
         if missing != 0 or not first:
@@ -137,7 +144,7 @@ def _own(wanted: Record, memory: Memory, event: Event) -> None:
     if event.kind == Kind.WAKEUP and event.detail == 1:
         vcpu.slept_ns = event.time_ns
     if event.kind == Kind.VCPU_END:
-        _ended(wanted, memory, place)
+        _ended(wanted, memory, place, period_rules.VCPU_OVER)
 
 
 @compiled
@@ -158,9 +165,11 @@ def _starved(wanted: Record, memory: Memory, vcpu: Record, count: int) -> None:
 
 
 @compiled
-def _ended(wanted: Record, memory: Memory, place: int) -> None:
-    """Forget a vCPU."""
+def _ended(wanted: Record, memory: Memory, place: int, how: int) -> None:
+    """Forget a vCPU; ``how``: with what it ends, columns.EDGE."""
     vcpu = memory.rows[place]
+    if wanted.periods:
+        period_rules.over(memory, vcpu, how)
     cases.vcpu_ended(memory, vcpu)
     transitions.forget_kicks(memory, vcpu)
     alive.leave(memory, place)
@@ -181,7 +190,7 @@ def _process_ended(wanted: Record, lost: Array, memory: Memory, event: Event) ->
             missing = max(_lost(lost, vcpu.number) - vcpu.gaps, 0)
             end = end_with_process(event, vcpu.number, vcpu.seq, vcpu.word, vcpu.last_ns)
             _requests(wanted, memory, vcpu, end, missing)
-            _ended(wanted, memory, place)
+            _ended(wanted, memory, place, period_rules.PROCESS_OVER)
         place = after
 
 
@@ -276,7 +285,7 @@ def finish(wanted: Record, lost: Array, memory: Memory, lost_of_all: bool, is_bl
         transitions.at_the_end(memory, vcpu, _lost(lost, vcpu.number) - vcpu.gaps, lost_of_all, is_blind)
         if wanted.starves:
             _starved(wanted, memory, vcpu, memory.now.many_finished - before)
-        _ended(wanted, memory, place)
+        _ended(wanted, memory, place, period_rules.VCPU_OVER)
         place = after
 
 
@@ -331,4 +340,19 @@ def give_breaks(memory: Memory, into: Array) -> int:
         place = after
     count: int = now.many_breaks
     now.breaks, now.many_breaks = NONE, 0
+    return count
+
+
+@compiled
+def give_edges(memory: Memory, into: Array) -> int:
+    """Fill in where periods begin and end, as :func:`give_lifecycles` does."""
+    now, place = memory.now, memory.now.edges
+    for at in range(now.many_edges - 1, -1, -1):
+        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+        for name in each_of(_EDGES):
+            given[name] = row[name]
+        give(memory, place)
+        place = after
+    count: int = now.many_edges
+    now.edges, now.many_edges = NONE, 0
     return count

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.lifecycle import Lifecycles
-from analysis.periods import IN_KERNEL, PERIODS, Edges, Periods
+from analysis.lifecycle import lifecycle_table, shutdown_table
+from analysis.passes import Pass, Table, in_order
+from analysis.periods import IN_KERNEL, PERIODS, Edges, edges_of
 from probes.requests import TRIPLE_FAULT
 from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_MASK, VALID_TRIPLE_FAULT, End, Flag, Kind
 from probes.uapi import ioctl
@@ -124,12 +125,11 @@ class _Trace:
     def __init__(self, meta: Mapping[str, Any]) -> None:
         self._meta = meta
         self._strings = _Strings()
-        names = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
-        self._core = Lifecycles(names, full=meta["detail"] == "full")
+        self._requests_by_bit = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
+        self._walk = Pass(self._requests_by_bit, full=meta["detail"] == "full", periods=True)
         self._bits = {str(name): int(bit) for bit, name in meta["requests_by_bit"].items()}
         self._names = {bit: shown(str(name)) for name, bit in self._bits.items()}
         self._exits = hardware_exits(meta)
-        self._periods = Periods()
         self._loss = Loss()
         self._until_ns = int(meta["started_ns"])
         self._tracks: set[int] = set()
@@ -151,7 +151,7 @@ class _Trace:
 
     def missing(self, reason: str) -> Iterator[bytes]:
         """A segment is not there, or cannot be read."""
-        self._core.interrupt()
+        self._walk.interrupt()
         event = self._events(
             _INSTANT, _uuid(_LOSSES), "segment left out", "loss", [self._until_ns], {"reason": shown(reason)}
         )
@@ -159,21 +159,25 @@ class _Trace:
 
     def segment(self, events: Array, loss: Loss, until_ns: int) -> Iterator[bytes]:
         blind = loss.blind > self._loss.blind
-        finished = self._core.feed(events, blind=blind, loss=loss)
         yield from self._vcpus(events)
-        for start in range(0, len(events), _CHUNK):
+        for start in range(0, max(len(events), 1), _CHUNK):  # hooks may be missed in a segment without events, too
             chunk = events[start : start + _CHUNK]
-            yield from self._emit([self._drawn(self._periods.feed(chunk)), *self._marks(chunk), *self._remote(chunk)])
-        yield from self._lifecycles(finished.lifecycles)
-        yield from self._emit([*self._shutdowns(finished.shutdowns), *self._losses(loss, until_ns)])
+            self._walk.feed(chunk, blind=blind, loss=loss)
+            periods = edges_of(self._walk.edges())
+            if len(chunk):
+                yield from self._emit([self._drawn(periods), *self._marks(chunk), *self._remote(chunk)])
+        given = self._walk.given()
+        yield from self._lifecycles(given.finished)
+        yield from self._emit([*self._shutdowns(given.shutdowns), *self._losses(loss, until_ns)])
         self._loss = loss
         self._until_ns = max(self._until_ns, until_ns)
         if len(self._strings) > _STRINGS:
             self._strings.forget()
 
     def finish(self) -> Iterator[bytes]:
-        yield from self._emit([self._drawn(self._periods.finish())])
-        yield from self._lifecycles(self._core.finish(self._loss).lifecycles)
+        self._walk.finish(self._loss)
+        yield from self._emit([self._drawn(edges_of(self._walk.edges()))])
+        yield from self._lifecycles(self._walk.given().finished)
         ended_ns = max(self._until_ns, int(self._meta.get("ended_ns") or 0))
         yield from self._emit([self._events(_END, _uuid(_ROOT), None, None, [ended_ns])])
 
@@ -181,7 +185,8 @@ class _Trace:
         yield self._strings.packet()
         yield from parts
 
-    def _lifecycles(self, table: pd.DataFrame) -> Iterator[bytes]:
+    def _lifecycles(self, finished: Table) -> Iterator[bytes]:
+        table = lifecycle_table(in_order(finished, "request", "vcpu_number"), self._requests_by_bit)
         for start in range(0, len(table), _CHUNK):
             yield from self._emit(self._requests(table.iloc[start : start + _CHUNK]))
 
@@ -443,7 +448,8 @@ class _Trace:
             _INSTANT, _uuid(_MARKS, rows["vcpu"].astype("i8")), name, "mark", rows["time_ns"], arguments
         )
 
-    def _shutdowns(self, table: pd.DataFrame) -> list[bytes]:
+    def _shutdowns(self, shutdowns: Table) -> list[bytes]:
+        table = shutdown_table(in_order(shutdowns, "vcpu_number"))
         track = _uuid(_MARKS, table["vcpu_number"].to_numpy().astype("i8"))
         arguments = {
             "source": table["source"].to_numpy().astype(object),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import stat
@@ -188,6 +188,7 @@ def oracle(events: npt.NDArray[np.void]) -> tuple[Counter[Any], dict[Any, list[i
     return counts, times, changes, gaps
 
 
+@settings(deadline=None)
 @given(STREAM, st.booleans(), st.lists(st.integers(0, 60), max_size=3))
 def test_a_recording_is_counted_as_a_loop_would(
     steps: list[tuple[int, EventKind, int, int, int, bool]], lossy: bool, cuts: list[int]
