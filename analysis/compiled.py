@@ -22,6 +22,7 @@ PLAIN = os.environ.get("NUMBA_DISABLE_JIT", "").strip() not in ("", "0")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _functions: list[Callable[..., Any]] = []
+_wanted = [False]  # somebody has said that plain functions will not do
 
 
 def compiled(function: _Function) -> _Function:
@@ -36,16 +37,27 @@ def each_of(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def require() -> None:
-    """Raise :class:`CannotJudge` where numba is missing: a recording that grows would need it."""
+    """Raise :class:`CannotJudge` where numba is missing: a whole recording is too much for plain functions."""
+    _wanted[0] = True
     if not PLAIN and find_spec("numba") is None:
         raise CannotJudge("to judge a recording takes numba, which is not there", hint="pip install numba")
 
 
 def start() -> None:
-    """Put compiled functions in the place of the plain ones, in every module of the core."""
+    """Put compiled functions in the place of the plain ones, in every module of the core.
+
+    Without numba they stay plain, some hundred times slower: `record --follow` goes on. After :func:`require` that is
+    :class:`CannotJudge`.
+    """
     if PLAIN or not _functions:
         return
-    from analysis import kept
+    try:
+        from analysis import kept
+    except CannotJudge:
+        if _wanted[0]:
+            raise
+        _functions.clear()
+        return
 
     made: dict[Any, Any] = {function: kept.dispatcher(function) for function in _functions}
     made[each_of] = kept.each_of
@@ -66,4 +78,6 @@ def warm() -> None:
 
 if __name__ == "__main__":
     # As the module that the core knows, not as __main__.
-    import_module("analysis.compiled").warm()
+    core = import_module("analysis.compiled")
+    core.require()
+    core.warm()

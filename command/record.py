@@ -70,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.output or directory("kvmreq")
     wish = _wish(arguments)
     recorder = Recorder(path, wish)
+    if arguments.follow:
+        from analysis import compiled
+
+        compiled.warm()  # before anything has to be drained
     recorder.start()
     child: subprocess.Popen[bytes] | None = None
     finish = None

@@ -290,6 +290,15 @@ def test_without_numba_a_judge_says_what_to_install() -> None:
     )
 
 
+def test_without_numba_a_live_view_goes_on_plain() -> None:
+    """record --follow loses nothing for it; a report is refused at once, before it has read anything."""
+    live = "from analysis import compiled; compiled.warm(); print(len(compiled._functions))"
+    assert command(live, numba="None") == (0, "0\n", "")
+    status, out, err = command("from analysis import compiled; compiled.require()", numba="None")
+    assert (status, out) == (1, "")
+    assert err == "kvmreq: to judge a recording takes numba, which is not there (pip install numba)\n"
+
+
 def test_what_traces_needs_no_numba() -> None:
     """record, doctor, lab and a live stat run where nothing is judged."""
     modules = [
