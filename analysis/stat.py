@@ -41,12 +41,6 @@ def edges() -> Array:
 _EDGES = edges()
 
 
-def buckets_of(ns: Array) -> Array:
-    """Return the bucket that each time belongs to, as the programs in the kernel choose it."""
-    found: Array = np.searchsorted(_EDGES, ns, side="right") - 1
-    return np.minimum(found, BUCKETS - 1)
-
-
 def quantile(buckets: Array, q: float, max_ns: int) -> int | None:
     """Return the time that a share ``q`` of a histogram's times does not exceed; None for an empty one.
 

@@ -20,7 +20,7 @@ Events = npt.NDArray[Any]
 STEPS = st.lists(st.tuples(st.integers(0, 31), st.integers(0, 7), st.integers(0, 255)), max_size=60)
 LOST = st.sets(st.integers(1, 200), max_size=30)
 CUTS = st.lists(st.integers(0, 300), max_size=5)
-#: Of how many neighbours, by place, the later one comes first.
+#: Places: the event there and the next one of its vCPU change places (even), or only their numbers (odd).
 SWAPS = st.lists(st.integers(0, 300), max_size=8)
 
 USER, IOCTL, KERNEL, GUEST, HALTED = "user space", "ioctl", "kernel", "guest", "halted"
@@ -40,7 +40,7 @@ TELLS: Mapping[int, tuple[set[str], set[str]]] = {
 
 
 class Period(NamedTuple):
-    """What a vCPU was doing, and from when to when; ``why``: it had left the guest, and that was its reason."""
+    """What a vCPU was doing, from when to when; ``why``: it began where the guest was left, for this reason."""
 
     vcpu: int
     name: str
@@ -115,7 +115,7 @@ def proved(vcpu: int, life: Sequence[Any]) -> Iterable[Period]:
                 continue
             if open_:
                 yield open_
-            open_ = Period(vcpu, name, begin_ns, end_ns, why if name == KERNEL else None) if name else None
+            open_ = Period(vcpu, name, begin_ns, end_ns, why) if name else None
         if open_:
             yield open_
 
@@ -132,7 +132,7 @@ def drawn(parts: Iterable[Edges]) -> list[Period]:
     for edges in parts:
         for vcpu, time_ns, begins, number, left in zip(*(column.tolist() for column in edges), strict=True):
             if begins:
-                why = (left >> 32, left & 0xFFFFFFFF) if left >= 0 and PERIODS[number] == KERNEL else None
+                why = (left >> 32, left & 0xFFFFFFFF) if left >= 0 else None
                 open_[vcpu].append(Period(vcpu, PERIODS[number], time_ns, -1, why))
                 continue
             begun = open_[vcpu].pop()
@@ -158,13 +158,16 @@ def stream(steps: Sequence[tuple[int, int, int]], lost: set[int], *, deep: bool,
 
 
 def out_of_order(events: Events, swaps: Sequence[int]) -> Events:
-    """Return events of which some of one vCPU have changed places, as those of two threads can."""
+    """Return events of which some are as those of two threads at once: in the ring, or by number, in another order."""
     events = events.copy()
     for at in swaps:
         of = np.flatnonzero((events["vcpu"] == events["vcpu"][at % len(events)]) & (events["seq"] > 0))
         of = of[of >= at % len(events)][:2]
         if len(of) == 2 and not (events["kind"][of] == Kind.VCPU_END).any():
-            events[of] = events[of[::-1]]
+            if at % 2:
+                events["seq"][of] = events["seq"][of[::-1]]
+            else:
+                events[of] = events[of[::-1]]
     return events
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from analysis import compiled
 from analysis.lifecycle import Lifecycles
 from analysis.ordering import Ordering
+from analysis.periods import Periods
+from analysis.stat import Recorded
 from bench import busy
 from probes import requests
 from probes.schema import EVENT
@@ -32,6 +34,16 @@ def _told(core: Lifecycles, batches: list[Any], loss: Loss) -> list[str]:
     return [str(part.to_json()) for part in (*parts, *core.finish(loss))]
 
 
+def _drawn_and_counted(batches: list[Any]) -> list[str]:
+    periods, counts = Periods(), Recorded()
+    for batch in batches:
+        counts.feed(batch, 1)
+    edges = [*map(periods.feed, batches), periods.finish()]
+    told = counts.counts
+    parts = (told.keys, told.values, told.vcpus, told.words, *(column for each in edges for column in each))
+    return [*(str(part.tolist()) for part in parts), str((counts.events, counts.gaps, len(counts.carried)))]
+
+
 def said() -> list[Any]:
     """Return what the core says of streams with losses, of hosts that keep no rule, and of busy guests."""
     chance, found = random.Random(7), list[Any]()
@@ -40,12 +52,14 @@ def said() -> list[Any]:
         machine = played(steps, {chance.randrange(150) for _ in range(7)}, deep=bool(number % 2))
         events = np.array([event.record() for event in machine.events], EVENT)
         found += _told(Lifecycles(NAMES, full=bool(number % 2)), np.array_split(events, 3), machine.loss)
+        found += _drawn_and_counted(np.array_split(events, 3))
         hosts = [(chance.randrange(18), chance.randrange(3), chance.randrange(256)) for _ in range(60)]
         rules = Ordering(ordering.NAMES, {}, ordering.PLAN, "full")
         rules.feed(ordering.batch(ordering.played(hosts, [], set())))
         found += [str(table.to_json()) for table in (rules.finish().rules, rules.finish().breaks)]
     names = requests.names(busy.RELEASE).by_bit
-    return [*found, *_told(Lifecycles(names, full=True), list(busy.busy(BUSY)), Loss())]
+    batches = list(busy.busy(BUSY))
+    return [*found, *_told(Lifecycles(names, full=True), batches, Loss()), *_drawn_and_counted(batches)]
 
 
 def test_compiled_and_plain_say_the_same() -> None:
