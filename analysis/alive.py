@@ -21,6 +21,10 @@ def new_vcpu(memory: Memory, event: Event) -> int:
     vcpu.word = vcpu.asked = NOTHING
     vcpu.seen = vcpu.cut = vcpu.named = vcpu.staying = False
     vcpu.pending = vcpu.kicks = vcpu.cases = vcpu.of_vm = vcpu.next_of_vm = NONE
+    vcpu.flagged = vcpu.state = vcpu.pause = vcpu.copies = 0
+    vcpu.saved = vcpu.ran = False
+    vcpu.fingerprint, vcpu.restored, vcpu.restored_ns = NOTHING, NOTHING, NONE
+    vcpu.refused, vcpu.refused_ns = 0, NONE
     vcpu.last_kick_ns[:] = -1
     vcpu.period_ns = vcpu.doing = vcpu.outer = vcpu.inner = 0
     vcpu.why_left = vcpu.exits = vcpu.changes = vcpu.guest_exit = vcpu.user_exit = NONE

@@ -36,6 +36,9 @@ FINISHED = (
     Column("userspace_exits", "i8", "returns of KVM_RUN to user space while it was pending"),
     Column("saves", "i8", "saves that carried it"),
     Column("blind_saves", "i8", "saves that did not"),
+    Column(
+        "copies_without", "bool", "one did not: whatever became of the original, a copy that is made of it has lost it"
+    ),
     Column("nested", "bool", "the vCPU was in nested guest mode (L2) meanwhile"),
     Column("stale", "bool", "raised before a reset and delivered after it"),
     Column("exposed", "bool", "open, and the last save did not carry it"),
@@ -59,6 +62,25 @@ SHUTDOWN = (
     Column("nested", "bool", "the vCPU was in nested guest mode (L2)"),
 )
 
+#: What concerns the copies of a guest: a save, what came after it, and where it was restored.
+COPY = (
+    Column("what", "i8", "an analysis.words.Copy"),
+    Column("vm", "u4", "number of the VM in the recording"),
+    Column("pid", "u4", "the VMM's process"),
+    Column("vcpu", "u4", "KVM's vcpu_id"),
+    Column("vcpu_number", "u4", "number of the vCPU in the recording"),
+    Column("request", "i8", "bit; -1: it concerns the vCPU"),
+    Column("pause", "i8", "how often the vCPU had run since it was first saved"),
+    Column("after_ns", "i8", "the last reading before it, CLOCK_MONOTONIC"),
+    Column("time_ns", "i8", "it was over"),
+    Column("carried", "bool", "the request was saved"),
+    Column("ran", "bool", "the vCPU ran after it"),
+    Column("read", "i8", "what user space had read: set of probes.schema.STATES"),
+    Column("errno", "i8", "of an ioctl that failed"),
+    Column("fingerprint", "u8", "of the registers that were read, or written; 0: none"),
+    Column("word", "u8", "the requests that were pending when it ran"),
+)
+
 # How many requests others only make with a kick (analysis/promises.py, KICKED), at most.
 KICKABLE = 16
 
@@ -73,6 +95,17 @@ VCPU = (
     Column("word", "u8", "its requests at its last event"),
     Column("last_ns", "i8", "time of that"),
     Column("kind", "i8", "kind of that"),
+    Column("flagged", "i8", "flags of that"),
+    Column("saved", "bool", "user space has read what makes a save since it last ran"),
+    Column("state", "i8", "and all that it has read: set of probes.schema.STATES"),
+    Column("fingerprint", "u8", "of its registers then"),
+    Column("ran", "bool", "KVM_RUN has returned since then"),
+    Column("pause", "i8", "how often it has run since it was first saved"),
+    Column("copies", "i8", "saves of its requests that were told in this pause"),
+    Column("restored_ns", "i8", "its registers were written, and it has not run since; -1: they were not"),
+    Column("refused_ns", "i8", "a restore of its triple fault failed, and it has not run since; -1: none did"),
+    Column("refused", "i8", "with which error"),
+    Column("restored", "u8", "fingerprint of what was written"),
     Column("seen", "bool", "an event of its own has come; else only a kick told of it"),
     Column("cut", "bool", "a part of the recording is missing since its last event"),
     Column("named", "bool", "a VCPU_NEW has told its VM and its id"),
@@ -123,7 +156,13 @@ VM = (
 PENDING = (
     *FINISHED,
     Column("last_save", "i8", "NO_SAVE, CARRIED, BLIND or UNSURE"),
-    Column("reset", "bool", "the vCPU was reset meanwhile"),
+    Column("look", "i8", "what KVM_GET_VCPU_EVENTS gave of it, where no registers were read: as last_save"),
+    Column("sync", "i8", "what kvm_run held of it when KVM_RUN last returned: as last_save"),
+    Column("without", "bool", "registers were read, the events were not"),
+    Column("left_out", "bool", "raised after the vCPU was saved, and that has not run since"),
+    Column("still", "bool", "raised before the vCPU ran for the first time since tracing began"),
+    Column("reset", "bool", "the vCPU was reset, or its registers were put back, meanwhile"),
+    Column("set_in_pause", "bool", "KVM_SET_VCPU_EVENTS has set it since the vCPU last ran"),
     Column("set_since_reset", "bool", "KVM_SET_VCPU_EVENTS has set it since then"),
     Column("restored_without", "bool", "KVM_SET_VCPU_EVENTS without the flag since it was raised"),
     Column("missed", "bool", "hooks were missed while it was pending, of which no number tells"),
@@ -200,6 +239,9 @@ CHANGES = (
     Column("serviced", "(64,)i8", "readings that found it gone"),
 )
 
+# Lists of what the walk gives out.
+GIVEN = ("finished", "shutdowns", "breaks", "edges", "copies")
+
 #: What there is once.
 NOW = (
     Column("top_ns", "i8", "how far the stream has come"),
@@ -216,8 +258,8 @@ NOW = (
     Column("indexed", "i8", "numbers in the index"),
     *(Column(name, "i8", "how many there are") for name in ("vcpus", "pending", "kicks", "cases")),
     *(Column(f"first_{name}", "i8", "of a list of all") for name in ("vcpu", "vm", "case", "thread")),
-    *(Column(name, "i8", "the last one to be given out") for name in ("finished", "shutdowns", "breaks", "edges")),
-    *(Column(f"many_{name}", "i8", "how many") for name in ("finished", "shutdowns", "breaks", "edges")),
+    *(Column(name, "i8", "the last one to be given out") for name in GIVEN),
+    *(Column(f"many_{name}", "i8", "how many") for name in GIVEN),
     Column("checked", "(5,)i8", "by rule of ordering"),
     Column("undecided", "(5,)i8", "by rule of ordering"),
     Column("broken", "(5,64)i8", "by rule of ordering and request"),
@@ -233,6 +275,7 @@ NOW = (
 WANTED = (
     Column("mask", "u8", "the requests that are watched"),
     Column("carrier", "(64,)i8", "by bit: what keeps it in a save, analysis.rules.carrier"),
+    Column("reads", "bool", "events tell what user space reads of a vCPU: schema 3"),
     Column("full", "bool", "detail full: each reading of the word is an event"),
     Column("exposure", "bool", "VMs are told"),
     Column("periods", "bool", "what each vCPU is doing"),
@@ -281,7 +324,7 @@ def record(*kinds: tuple[Column, ...]) -> np.dtype[Any]:
 
 _LINK = (Column("next", "i8", "the next one of the list that it is in, or of the free places; -1: none"),)
 #: A place of analysis.memory: whatever is carried over from event to event.
-PLACE = record(*((*_LINK, *kind) for kind in (VCPU, VM, PENDING, KICK, THREAD, BREAK, SHUTDOWN, EDGE)))
+PLACE = record(*((*_LINK, *kind) for kind in (VCPU, VM, PENDING, KICK, THREAD, BREAK, SHUTDOWN, EDGE, COPY)))
 ONCE, WISH = record(NOW), record(WANTED)
 #: Rows of what is counted: they are never given out one by one.
 EXITS, CHANGED = record(EXIT), record(CHANGES)
@@ -297,8 +340,8 @@ def given(columns: Iterable[Column]) -> np.dtype[Any]:
     return np.dtype((np.record, [(column.name, small.get(column.dtype, column.dtype)) for column in columns]))
 
 
-#: A lifecycle that has ended, a shutdown exit, a break of a rule, and an edge, as the walk gives them out.
-ENDED, SHUT, BROKEN, EDGES = given(_ENDED), given(SHUTDOWN), given(BREAK), given(EDGE)
+#: A lifecycle that has ended, a shutdown exit, a break of a rule, an edge and a copy, as the walk gives them out.
+ENDED, SHUT, BROKEN, EDGES, COPIES = given(_ENDED), given(SHUTDOWN), given(BREAK), given(EDGE), given(COPY)
 
 
 def page() -> str:

@@ -19,12 +19,12 @@ else:
     signed = np.int64
 
 #: Flags of an event as plain numbers: compiled code knows no IntFlag.
-CREATED, NESTED, CAP, CAP_EXISTS, SYNC = (
-    int(flag) for flag in (Flag.CREATED, Flag.NESTED, Flag.CAP, Flag.CAP_EXISTS, Flag.SYNC)
+CREATED, NESTED, CAP, CAP_EXISTS, SYNC, READ, STILL = (
+    int(flag) for flag in (Flag.CREATED, Flag.NESTED, Flag.CAP, Flag.CAP_EXISTS, Flag.SYNC, Flag.READ, Flag.STILL)
 )
 ONE, NOTHING = np.uint64(1), np.uint64(0)
 _LOW = np.uint64(0xFFFF_FFFF)
-_HALF = np.uint64(32)
+HALF = np.uint64(32)
 
 
 class Batch(Protocol):
@@ -124,7 +124,7 @@ def without_change(event: Event) -> Event:
 
 
 @compiled
-def end_with_process(event: Event, number: int, seq: int, word: Any, last_ns: int) -> Event:
+def end_with_process(event: Event, number: int, seq: int, word: Any, last_ns: int, flags: int) -> Event:
     """Return the end of a vCPU that the exit of its process tells: nothing was read there."""
     return Event(
         event.time_ns,
@@ -139,7 +139,7 @@ def end_with_process(event: Event, number: int, seq: int, word: Any, last_ns: in
         event.detail,
         event.cpu,
         signed(Kind.VCPU_END),
-        event.flags,
+        flags,
     )
 
 
@@ -152,7 +152,7 @@ def low(event: Event) -> int:
 @compiled
 def succeeded(event: Event) -> bool:
     """Tell whether the ioctl returned 0."""
-    return bool(event.arg >> _HALF == NOTHING)
+    return bool(event.arg >> HALF == NOTHING)
 
 
 @compiled

@@ -14,7 +14,8 @@ from analysis.exposure import vm_table
 from analysis.lifecycle import lifecycle_table, shutdown_table
 from analysis.ordering import Findings, Ordered
 from analysis.passes import Pass, in_order
-from probes.schema import PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Kind
+from analysis.saves import Saves
+from probes.schema import TELLS_READS, Kind
 from tracer.loss import Loss
 
 
@@ -50,6 +51,8 @@ class Judgement:
 
     lifecycles: pd.DataFrame  # columns: analysis.lifecycle.LIFECYCLE
     shutdowns: pd.DataFrame  # columns: analysis.lifecycle.SHUTDOWN
+    saves: pd.DataFrame  # columns: analysis.saves.SAVES
+    restores: pd.DataFrame  # columns: analysis.saves.RESTORES
     vms: pd.DataFrame  # columns: analysis.exposure.VMS, name, vmm
     loss: Loss
     events: int
@@ -65,9 +68,19 @@ class Judgement:
         return {end: int(counts[end]) for end in verdicts.ENDS if end in counts.index}
 
     @property
+    def copies_without(self) -> int:
+        """Return how many requests were left out by a save, and so are missing from a copy that is made of it."""
+        return int(self.lifecycles["copies_without"].sum())
+
+    @property
+    def dropped(self) -> int:
+        """Return how many guests ran without a triple fault that their save had, or that their restore was refused."""
+        return int(self.restores["ran"].sum())
+
+    @property
     def exit_status(self) -> int:
         """Return the exit status that a report of this gives."""
-        if "lost" in self.summary:
+        if "lost" in self.summary or self.copies_without or self.dropped:
             return verdicts.EXIT_LOST
         if "undecided" in self.summary or self.loss.total or self.left_out:
             return verdicts.EXIT_UNDECIDED
@@ -81,10 +94,19 @@ def judge(recording: Source) -> Judgement:
     names = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
     # Recordings of schema 1 have no flags, and detail boundary only.
     findings = Findings(names, meta.get("requests_flags") or {}, meta.get("plan") or (), str(meta.get("detail")))
-    walk = Pass(names, full=meta.get("detail") == "full", order=findings.wanted, exposure=True)
-    loss, events = _walk_over(recording, walk, findings)
+    walk = Pass(
+        names,
+        full=meta.get("detail") == "full",
+        reads=meta.get("schema", TELLS_READS) >= TELLS_READS,
+        order=findings.wanted,
+        exposure=True,
+    )
+    copies = Saves(names)
+    loss, events = _walk_over(recording, walk, findings, copies)
     vms = vm_table(walk.vms())
     walk.finish(loss)
+    copies.add(walk.copies())
+    saves, restores = copies.tables()
     given = walk.given()
     findings.add(given.breaks)
     # Of those at one time the ones that a segment before has ended come first.
@@ -93,6 +115,8 @@ def judge(recording: Source) -> Judgement:
     return Judgement(
         lifecycles=lifecycle_table(finished, names),
         shutdowns=shutdown_table(shutdowns),
+        saves=saves,
+        restores=restores,
         vms=_named(vms, meta.get("guests", {})),
         loss=loss,
         events=events,
@@ -103,7 +127,7 @@ def judge(recording: Source) -> Judgement:
     )
 
 
-def _walk_over(recording: Source, walk: Pass, findings: Findings) -> tuple[Loss, int]:
+def _walk_over(recording: Source, walk: Pass, findings: Findings, copies: Saves) -> tuple[Loss, int]:
     """Feed every segment; return the losses, and how many events there were. The last segment is not kept."""
     loss, events = Loss(), 0
     for segment in recording.segments():
@@ -116,6 +140,7 @@ def _walk_over(recording: Source, walk: Pass, findings: Findings) -> tuple[Loss,
         events += len(segment.columns["kind"])
         findings.dark(walk.now, segment.columns, loss)
         walk.feed(segment.columns, blind=blind, loss=loss)
+        copies.add(walk.copies())
     return loss, events
 
 
@@ -126,7 +151,8 @@ def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.Dat
 
 
 _WHAT = np.full(max(Kind) + 1, "", object)
-_WHAT[[Kind.RUN_EXIT, Kind.SAVE, Kind.RESET, Kind.RESTORE]] = ["userspace_exit", "save", "reset", "restore"]
+_TOLD = {Kind.RUN_EXIT: "userspace_exit", Kind.RESET: "reset", Kind.WRITTEN: "written", Kind.RESTORE: "restore"}
+_WHAT[list(_TOLD)] = list(_TOLD.values())
 
 
 def _ends_of(table: pd.DataFrame, key: list[str], most: int) -> pd.DataFrame:
@@ -136,12 +162,12 @@ def _ends_of(table: pd.DataFrame, key: list[str], most: int) -> pd.DataFrame:
     return table[(place < most // 2) | (place >= size - most // 2)]
 
 
-def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.DataFrame:
+def story(recording: Source, lifecycles: pd.DataFrame, saves: pd.DataFrame, most: int = 1000) -> pd.DataFrame:
     """Return what happened in each of these lifecycles, in order: a second reading of the recording.
 
     Columns: ``vcpu_number``, ``request``, ``raised_ns`` (of the lifecycle), ``time_ns``, ``what``: raised,
-    userspace_exit, save, blind_save, reset, restore, or the word of the end. Of each lifecycle at most ``most`` events
-    are told: the first and the last ones.
+    userspace_exit, save, blind_save, reset, written, restore, or the word of the end. Of each lifecycle at most
+    ``most`` events are told: the first and the last ones. ``saves``: columns of analysis.saves.SAVES.
     """
     chosen = lifecycles.sort_values(["vcpu_number", "raised_ns"])
     parts = []
@@ -151,15 +177,9 @@ def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.D
             continue
         events = segment.events
         kind = events["kind"]
-        telling = np.isin(kind, (Kind.RUN_EXIT, Kind.SAVE, Kind.RESET, Kind.RESTORE)) & np.isin(events["vcpu"], numbers)
-        events = events[telling]
-        full = VALID_TRIPLE_FAULT | PAYLOAD_PENDING
-        blind = (events["kind"] == Kind.SAVE) & ((events["detail"] & full) != full)
-        what = _WHAT[events["kind"]]
-        what[blind] = "blind_save"
-        part = pd.DataFrame(
-            {"vcpu_number": events["vcpu"], "time_ns": events["time_ns"].astype(np.int64), "what": what}
-        )
+        events = events[np.isin(kind, list(_TOLD)) & np.isin(events["vcpu"], numbers)]
+        times, what = events["time_ns"].astype(np.int64), _WHAT[events["kind"]]
+        part = pd.DataFrame({"vcpu_number": events["vcpu"], "time_ns": times, "what": what})
         parts.append(_ends_of(part, ["vcpu_number"], most))  # so that no segment holds more than is told of it
     happened = (
         pd.concat(parts, ignore_index=True)
@@ -169,9 +189,15 @@ def story(recording: Source, lifecycles: pd.DataFrame, most: int = 1000) -> pd.D
         )
     )
     own = chosen[["vcpu_number", "request", "raised_ns", "ended_ns", "ended_after_ns", "end"]]
-    joined = happened.merge(own, on="vcpu_number")
+    saved = saves[["vcpu_number", "request", "time_ns"]].assign(
+        what=np.where(saves["carried"], "save", "blind_save").astype(object)
+    )
+    joined = pd.concat([happened.merge(own, on="vcpu_number"), saved.merge(own, on=["vcpu_number", "request"])])
+    joined = joined.sort_values("time_ns", kind="stable")
     ended = joined["ended_ns"].where(joined["ended_ns"] >= 0, np.iinfo(np.int64).max)
-    joined = joined[(joined["time_ns"] > joined["raised_ns"]) & (joined["time_ns"] < ended)]
+    # A save that has left out what was raised after it is told when the vCPU ends.
+    last = joined["what"].isin(("save", "blind_save")) & (joined["time_ns"] == ended)
+    joined = joined[(joined["time_ns"] > joined["raised_ns"]) & ((joined["time_ns"] < ended) | last)]
     key = ["vcpu_number", "request", "raised_ns"]
     joined = _ends_of(joined, key, most)
     columns = [*key, "time_ns", "what"]

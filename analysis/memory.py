@@ -37,7 +37,7 @@ class Memory(NamedTuple):
 def empty(places: int = 1 << 14) -> Memory:
     """Return a memory in which nothing is known."""
     once = np.zeros(1, columns.ONCE)
-    for name in ("free", "last", "finished", "shutdowns", "breaks", "edges"):
+    for name in ("free", "last", *columns.GIVEN):
         once[name] = NONE
     for name in ("vcpu", "vm", "case", "thread"):
         once[f"first_{name}"] = NONE

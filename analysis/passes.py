@@ -49,18 +49,20 @@ class Rows:
 
 
 class Given(NamedTuple):
-    """What has ended: lifecycles, shutdown exits, what has broken a rule of ordering; and edges of periods."""
+    """What has ended: lifecycles, shutdown exits, what has broken a rule of ordering; edges of periods; and copies."""
 
     finished: Table  # columns.ENDED
     shutdowns: Table  # columns.SHUTDOWN
     breaks: Table  # columns.BREAK
     edges: Table  # columns.EDGE
+    copies: Table  # columns.COPY
 
 
 class Pass:
     """The walk over batch after batch.
 
-    ``names`` maps each watched bit of the word to its request's name; ``full``: the events are of detail full.
+    ``names`` maps each watched bit of the word to its request's name; ``full``: the events are of detail full;
+    ``reads``: they tell what user space reads of a vCPU, as those of schema 3 do.
     ``order``: the columns of columns.WANTED for the rules of ordering, where they are checked. ``exposure``: VMs are
     told; ``periods``: what each vCPU is doing; ``counts``: exits and changes of the word are counted.
     """
@@ -70,6 +72,7 @@ class Pass:
         names: Mapping[int, str],
         *,
         full: bool = False,
+        reads: bool = True,
         order: Mapping[str, Any] | None = None,
         exposure: bool = False,
         periods: bool = False,
@@ -78,7 +81,7 @@ class Pass:
         self._wanted = np.zeros(1, columns.WISH)
         self._wanted["mask"] = sum(1 << bit for bit in names)
         self._wanted["carrier"] = [rules.carrier(names.get(bit, "")) for bit in range(64)]
-        self._wanted["full"], self._wanted["exposure"] = full, exposure
+        self._wanted["full"], self._wanted["reads"], self._wanted["exposure"] = full, reads, exposure
         self._wanted["periods"], self._wanted["counts"] = periods, counts
         for name, value in (order or {}).items():
             self._wanted[name] = value
@@ -123,8 +126,8 @@ class Pass:
 
     def finish(self, loss: Loss) -> None:
         """End what is still pending at the end of the recording, and forget every vCPU."""
-        # Each request that is pending may break a rule, and each vCPU may have two periods that are open.
-        while len(self.memory.rows) - self.now.used < self.now.pending + 2 * self.now.vcpus:
+        # Each request that is pending may break a rule, and each vCPU may have two periods and a pause that are open.
+        while len(self.memory.rows) - self.now.used < self.now.pending + 3 * self.now.vcpus:
             self.memory = memory.larger(self.memory)
         self._batches += 1
         walk.finish(self._wanted[0], _lost(loss), self.memory, 0 in loss.vcpus, loss.blind > 0)
@@ -133,6 +136,10 @@ class Pass:
     def given(self) -> Given:
         """Return what has ended since the last time, each in the order in which it did."""
         return Given(*(rows.table() for rows in self._ended))
+
+    def copies(self) -> Table:
+        """Return what concerns copies since the last time, and leave all else."""
+        return self._ended[_GIVEN.index(columns.COPIES)].table()
 
     def edges(self) -> Table:
         """Return where periods have begun and ended since the last time, and leave all else."""
@@ -171,7 +178,7 @@ class Pass:
         """Take what the walk has ended out of the memory."""
         if len(self._buffers[0]) < len(self.memory.rows):
             self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
-        gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks, walk.give_edges)
+        gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks, walk.give_edges, walk.give_copies)
         for give, buffer, rows in zip(gives, self._buffers, self._ended, strict=True):
             if count := give(self.memory, buffer):
                 rows.add(buffer[:count], self._batches)
@@ -212,7 +219,7 @@ def _taken(column: Array, order: Array) -> Array:
     return column if (column == column[0]).all() else column.take(order)
 
 
-_GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN, columns.EDGES)
+_GIVEN = (columns.ENDED, columns.SHUT, columns.BROKEN, columns.EDGES, columns.COPIES)
 
 
 def nothing() -> Given:

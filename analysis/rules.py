@@ -126,32 +126,40 @@ def kicked(pending: Record, time_ns: int, tid: int, cpu: int, seen: bool) -> Non
 
 
 @compiled
-def save(wanted: Record, pending: Record, event: Event, before: bool) -> None:
-    """KVM_GET_VCPU_EVENTS returned 0 while it was pending: the last save decides what an end of the vCPU means.
+def given(wanted: Record, pending: Record, event: Event, before: bool) -> int:
+    """What KVM_GET_VCPU_EVENTS gave of a pending request: CARRIED, BLIND or UNSURE; NO_SAVE where that says nothing.
 
     kvm_vcpu_ioctl_x86_get_vcpu_events; what each request needs is in probes/requests.py with its source. With
-    KVM_SYNC_X86_EVENTS every exit is a save: of what no save can hold that says nothing.
+    KVM_SYNC_X86_EVENTS every exit gives them: of what they never hold that says nothing.
     """
     if event.kind != Kind.SAVE or not succeeded(event):
-        return
+        return NO_SAVE
+    keeps = wanted.carrier[pending.request]
+    if keeps == HARMLESS or (event.flags & SYNC and keeps in (BY_NOTHING, UNNAMED)):
+        return NO_SAVE
+    if keeps == BY_FLAG:
+        both = event.detail & VALID_TRIPLE_FAULT != 0 and event.detail & PAYLOAD_PENDING != 0
+        return CARRIED if both else BLIND
+    if keeps == UNNAMED or not before:
+        return UNSURE  # raised while the vCPU was saved: before or after that?
+    return CARRIED if keeps == BY_EVENTS else BLIND
+
+
+@compiled
+def left_out(wanted: Record, pending: Record) -> int:
+    """What a save did to a request that it says nothing of: it was made without the events, or before its raise."""
     keeps = wanted.carrier[pending.request]
     if keeps == HARMLESS:
-        return
-    if event.flags & SYNC and keeps in (BY_NOTHING, UNNAMED):
-        return
-    if keeps == BY_FLAG:
-        carried = event.detail & VALID_TRIPLE_FAULT != 0 and event.detail & PAYLOAD_PENDING != 0
-    elif keeps == UNNAMED or not before:
-        pending.last_save = UNSURE  # raised while the vCPU was saved: before or after that?
-        return
-    else:
-        carried = keeps == BY_EVENTS
-    if carried:
-        pending.saves += 1
-        pending.last_save = CARRIED
-    else:
-        pending.blind_saves += 1
-        pending.last_save = BLIND
+        return NO_SAVE
+    return UNSURE if keeps == UNNAMED else BLIND
+
+
+@compiled
+def save(pending: Record, outcome: int) -> None:
+    """The last save decides what an end of the vCPU means; one that did not carry the request is a finding itself."""
+    pending.last_save = outcome
+    pending.saves += outcome == CARRIED
+    pending.blind_saves += outcome == BLIND
 
 
 # --- 3. What became of it -----------------------------------------------------------------------------------------
@@ -185,8 +193,9 @@ def ended_with_vcpu(wanted: Record, pending: Record) -> tuple[int, int]:
     keeps = wanted.carrier[pending.request]
     if pending.last_save == UNSURE:
         return Verdict.UNDECIDED, (Why.UNNAMED if keeps == UNNAMED else Why.MEANWHILE)
-    if pending.last_save == NO_SAVE and pending.raised_by == By.UNKNOWN and keeps != HARMLESS and keeps != UNNAMED:
-        # Pending when tracing began, and not saved since: a save before that is what nobody can exclude.
+    unknown = pending.raised_by == By.UNKNOWN or pending.still
+    if pending.last_save == NO_SAVE and unknown and keeps != HARMLESS and keeps != UNNAMED:
+        # Not saved since tracing began, nor has it run: a save before that is what nobody can exclude.
         return Verdict.UNDECIDED, Why.OLDER
     if pending.missed and keeps != HARMLESS:
         # What stands for nothing that a save must keep is no loss, whatever else the tracer has missed.
@@ -249,16 +258,20 @@ def reset_or_restored(pending: Record, event: Event, before: bool) -> None:
     """Note a reset while a triple fault is pending, and what KVM_SET_VCPU_EVENTS said of it since.
 
     kvm_vcpu_reset does not clear it, nor does user space that writes the registers (read in 5.10, 6.1, 6.12, 7.3).
+    Registers that were read since the vCPU last ran and are put back, as QEMU does, are no other state: no WRITTEN
+    tells.
     """
     if pending.request != TRIPLE_FAULT or not before:
         return
-    if event.kind == Kind.RESET:
-        pending.reset, pending.set_since_reset = True, False
+    if event.kind == Kind.RESET or event.kind == Kind.WRITTEN:
+        pending.reset, pending.set_since_reset = True, event.kind == Kind.WRITTEN and pending.set_in_pause
     elif event.kind == Kind.RESTORE and succeeded(event):
         if event.detail & VALID_TRIPLE_FAULT == 0:
             pending.restored_without = True
-        elif event.detail & PAYLOAD_PENDING and pending.reset:
-            pending.set_since_reset = True
+        elif event.detail & PAYLOAD_PENDING:
+            pending.set_in_pause, pending.set_since_reset = True, pending.set_since_reset or pending.reset
+    elif event.kind == Kind.RUN_EXIT:
+        pending.set_in_pause = False
 
 
 @compiled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import rules
+from analysis import copies, rules
 from analysis.compiled import compiled
 from analysis.events import ONE, Event, holds, lowest, without_lowest
 from analysis.memory import NONE, Memory, Record, give, take, without
@@ -20,6 +20,7 @@ from probes.schema import Kind
 @compiled
 def requests_of(memory: Memory, wanted: Record, vcpu: Record, event: Event, missing: int) -> None:
     """Handle an own event of a vCPU for each of its requests."""
+    copies.pause_ends(memory, wanted, vcpu, event)
     touched = (vcpu.word | event.before | event.requests) & wanted.mask
     while touched != 0:
         _request(memory, wanted, vcpu, event, lowest(touched), missing)
@@ -33,6 +34,7 @@ def _request(memory: Memory, wanted: Record, vcpu: Record, event: Event, bit: in
     if known and missing != 0:
         rules.gap(memory.rows[place], missing, vcpu.last_ns, event.time_ns)
     if known and not before:
+        copies.before_end(memory, wanted, vcpu, memory.rows[place], event)
         _finish(memory, vcpu, place, Verdict.UNDECIDED, Why.END_UNSEEN, vcpu.last_ns, event.since_ns, False)
     if not known and before:
         place = _rose_unseen(memory, vcpu, event, bit, missing)
@@ -44,15 +46,17 @@ def _request(memory: Memory, wanted: Record, vcpu: Record, event: Event, bit: in
     if rules.in_nested(event):
         pending.nested = True
     if not now:
+        copies.before_end(memory, wanted, vcpu, pending, event)
         end, why = rules.ended_by(pending, event)
         entered = event.kind == Kind.GUEST_ENTRY
         _finish(memory, vcpu, place, end, why, event.since_ns, event.time_ns, entered)
         return
     if event.kind == Kind.RUN_EXIT:
         pending.userspace_exits += 1
-    rules.save(wanted, pending, event, before)
+    copies.of_request(memory, wanted, vcpu, pending, event, before)
     rules.reset_or_restored(pending, event, before)
     if event.kind == Kind.VCPU_END:
+        copies.before_end(memory, wanted, vcpu, pending, event)
         end, why = rules.ended_with_vcpu(wanted, pending)
         _finish(memory, vcpu, place, end, why, event.since_ns, event.time_ns, False)
 
@@ -93,6 +97,7 @@ def _rose_unseen(memory: Memory, vcpu: Record, event: Event, bit: int, missing: 
     """The event before this one had it already: the one that saw it rise was lost."""
     place = _new(memory, vcpu, bit)
     pending = memory.rows[place]
+    copies.rose(pending, event)
     pending.unseen, pending.cut = True, vcpu.cut
     pending.raised_after_ns, pending.raised_ns = vcpu.last_ns, event.since_ns
     if missing != 0:
@@ -105,6 +110,7 @@ def _rose(memory: Memory, wanted: Record, vcpu: Record, event: Event, bit: int, 
     """It was clear at the reading before, and is set at this one."""
     place = _new(memory, vcpu, bit)
     pending = memory.rows[place]
+    copies.rose(pending, event)
     pending.raised_by = rules.raised_by(bit, event)
     pending.raised_ns = event.time_ns
     if event.kind == Kind.VCPU_NEW and pending.raised_by == By.UNKNOWN:
@@ -227,7 +233,7 @@ def _finish(
     row.vm, row.pid, row.vcpu = vcpu.vm, vcpu.pid, vcpu.vcpu
     row.end, row.why = (end if rules.proved(row) else Verdict.UNDECIDED), why
     row.ended_after_ns, row.ended_ns, row.reentered_ns = after_ns, ended_ns, (ended_ns if entered else -1)
-    row.stale = rules.stale(row)
+    row.stale, row.copies_without = rules.stale(row), row.blind_saves != 0
     row.exposed = row.end == Verdict.OPEN and row.last_save == rules.BLIND
     if 0 <= ended_ns < row.kicked_ns:
         row.kicked_ns = ended_ns  # clocks of two CPUs: a kick that came before the end did not come after it

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis import alive, cases, exit_rules, order_rules, period_rules, rules, transitions
-from analysis.columns import BROKEN, EDGES, ENDED, SHUT
+from analysis import alive, cases, copies, exit_rules, order_rules, period_rules, rules, transitions
+from analysis.columns import BROKEN, COPIES, EDGES, ENDED, SHUT
 from analysis.compiled import compiled, each_of
 from analysis.events import (
     CAP,
@@ -32,7 +32,7 @@ from probes.schema import KVM_EXIT_SHUTDOWN, REQUEST_MASK, Kind
 _PLACES = 512
 _MASK = np.uint64(REQUEST_MASK)
 _SHUTDOWN = np.uint64(KVM_EXIT_SHUTDOWN)
-_ENDED, _SHUT, _BROKEN, _EDGES = (of.names or () for of in (ENDED, SHUT, BROKEN, EDGES))
+_ENDED, _SHUT, _BROKEN, _EDGES, _COPIES = (of.names or () for of in (ENDED, SHUT, BROKEN, EDGES, COPIES))
 
 
 @compiled
@@ -70,9 +70,9 @@ def _concerns_many(event: Event) -> bool:
 
 @compiled
 def room_for_many(memory: Memory) -> bool:
-    """Such an event can need a place for each vCPU, or for each period and each request of it that is open."""
+    """Such an event can need places for each vCPU: for its periods, its copies and its requests that are open."""
     now = memory.now
-    return bool(len(memory.rows) - now.used >= _PLACES + 2 * now.vcpus + now.pending)
+    return bool(len(memory.rows) - now.used >= _PLACES + 4 * now.vcpus + 2 * now.pending)
 
 
 @compiled
@@ -135,11 +135,12 @@ def _own(wanted: Record, memory: Memory, counted: Counted, event: Event) -> None
     _requests(wanted, memory, vcpu, event, missing)
     if event.kind == Kind.RUN_EXIT and event.arg == _SHUTDOWN:
         transitions.shutdown(memory, vcpu, event)
+    copies.of_vcpu(memory, vcpu, event)
     # What a missing part of the recording held is no loss.
     if not (vcpu.cut or (first and memory.now.interrupted)):
         vcpu.gaps += missing
     vcpu.seq, vcpu.word, vcpu.last_ns, vcpu.kind = event.seq, event.requests, event.time_ns, event.kind
-    vcpu.seen, vcpu.cut = True, False
+    vcpu.seen, vcpu.cut, vcpu.flagged = True, False, event.flags
     transitions.forget_kicks(memory, vcpu)
     if event.kind == Kind.WAKEUP and event.detail == 1:
         vcpu.slept_ns = event.time_ns
@@ -171,6 +172,7 @@ def _ended(wanted: Record, memory: Memory, place: int, how: int) -> None:
     if wanted.periods:
         period_rules.over(memory, vcpu, how)
     cases.vcpu_ended(memory, vcpu)
+    copies.forget(memory, vcpu, memory.now.top_ns)
     transitions.forget_kicks(memory, vcpu)
     alive.leave(memory, place)
     alive.forget_vcpu(memory, place)
@@ -188,8 +190,9 @@ def _process_ended(wanted: Record, lost: Array, memory: Memory, event: Event) ->
         after = vcpu.after
         if vcpu.seen and vcpu.pid == event.pid:
             missing = max(_lost(lost, vcpu.number) - vcpu.gaps, 0)
-            end = end_with_process(event, vcpu.number, vcpu.seq, vcpu.word, vcpu.last_ns)
+            end = end_with_process(event, vcpu.number, vcpu.seq, vcpu.word, vcpu.last_ns, vcpu.flagged)
             _requests(wanted, memory, vcpu, end, missing)
+            copies.of_vcpu(memory, vcpu, end)
             _ended(wanted, memory, place, period_rules.PROCESS_OVER)
         place = after
 
@@ -355,4 +358,19 @@ def give_edges(memory: Memory, into: Array) -> int:
         place = after
     count: int = now.many_edges
     now.edges, now.many_edges = NONE, 0
+    return count
+
+
+@compiled
+def give_copies(memory: Memory, into: Array) -> int:
+    """Fill in what concerns copies, as :func:`give_lifecycles` does."""
+    now, place = memory.now, memory.now.copies
+    for at in range(now.many_copies - 1, -1, -1):
+        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+        for name in each_of(_COPIES):
+            given[name] = row[name]
+        give(memory, place)
+        place = after
+    count: int = now.many_copies
+    now.copies, now.many_copies = NONE, 0
     return count

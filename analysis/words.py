@@ -88,6 +88,15 @@ class Source(IntEnum):
     HARDWARE = 1
 
 
+class Copy(IntEnum):
+    """What a row of columns.COPY tells."""
+
+    SAVED = 0  # a request: it was saved, or left out
+    CLOSED = 1  # what came of a vCPU after that: it ran again or it did not
+    RESTORED = 2  # a vCPU whose registers were written, and has run since
+    REFUSED = 3  # a request: KVM_SET_VCPU_EVENTS that would have raised it failed
+
+
 #: In detail boundary nobody sees more of a vCPU than that it was inside KVM_RUN.
 PLACES: Mapping[str, str] = {
     "unknown": "not seen",

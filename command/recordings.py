@@ -22,7 +22,7 @@ def source(recording: Recording, judgement: Judgement) -> Source:
 
     names = {int(bit): name for bit, name in recording.meta["requests_by_bit"].items()}
     lived = partial(timeline, recording, names=names)
-    return Source(judgement, partial(story, recording), lived, recording.path.resolve().name)
+    return Source(judgement, partial(story, recording, saves=judgement.saves), lived, recording.path.resolve().name)
 
 
 def whole(recordings: Sequence[Recording]) -> bool:

@@ -225,7 +225,7 @@ def blind_then_saved(stage: Stage) -> None:
 
 @scenario(lifecycle("delivered", blind_saves=1))
 def blind_then_run(stage: Stage) -> None:
-    """A blind save that did no harm: the guest stays here."""
+    """A snapshot without it: each copy of it lives on."""
     with stage.guest() as vcpu:
         raise_by_mce(vcpu)
         save_blindly(vcpu)

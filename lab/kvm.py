@@ -157,6 +157,18 @@ class KvmX86Mce(ctypes.Structure):
     ]
 
 
+class OneMsr(ctypes.Structure):
+    """struct kvm_msrs with one struct kvm_msr_entry behind it."""
+
+    _fields_ = [
+        ("nmsrs", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("index", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("data", ctypes.c_uint64),
+    ]
+
+
 class KvmUserspaceMemoryRegion(ctypes.Structure):
     """struct kvm_userspace_memory_region."""
 
@@ -402,6 +414,8 @@ class Ioctl(IntEnum):
     KVM_GET_SREGS = _ior(0x83, KvmSregs)
     KVM_SET_SREGS = _iow(0x84, KvmSregs)
     KVM_INTERRUPT = _iow(0x86, KvmInterrupt)
+    KVM_GET_MSRS = 0xC008AE88  # their size is that of struct kvm_msrs without entries
+    KVM_SET_MSRS = 0x4008AE89
     KVM_GET_LAPIC = _ior(0x8E, KvmLapicState)
     KVM_SET_LAPIC = _iow(0x8F, KvmLapicState)
     KVM_SET_CPUID2 = _iow(0x90, KvmCpuid2)
@@ -775,6 +789,18 @@ class Vcpu(_File):
     def set_sregs(self, sregs: KvmSregs) -> None:
         """Set the segments and control registers."""
         self.ioctl(Ioctl.KVM_SET_SREGS, sregs)
+
+    def get_msr(self, index: int) -> int:
+        """Return a model-specific register."""
+        msr = OneMsr(nmsrs=1, index=index)
+        if self.ioctl(Ioctl.KVM_GET_MSRS, msr) != 1:
+            raise LabError(f"KVM does not give MSR {index:#x}")
+        return int(msr.data)
+
+    def set_msr(self, index: int, value: int) -> None:
+        """Set a model-specific register."""
+        if self.ioctl(Ioctl.KVM_SET_MSRS, OneMsr(nmsrs=1, index=index, data=value)) != 1:
+            raise LabError(f"KVM does not take {value:#x} for MSR {index:#x}")
 
     def get_mp_state(self) -> int:
         """Return the vCPU's MpState."""

@@ -56,6 +56,7 @@ from lab.stage import (
     raise_by_mce,
     run_until,
     save_blindly,
+    save_events,
     scenario,
     shut_down,
 )
@@ -239,7 +240,7 @@ def nmi_handed_over(stage: Stage) -> None:
     """
     with stage.guest() as source:
         source.nmi()
-        events = source.get_vcpu_events()
+        events = save_events(source)
         if not (events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING and events.nmi.pending == 1):
             raise LabError(f"saved events (flags {events.flags:#x}) lack the pending NMI")
     with stage.guest() as destination:
@@ -280,7 +281,7 @@ def smi_saved(stage: Stage) -> Outcome | None:
     """A save takes an SMI along, or loses it."""
     with stage.with_smm(SMI_HANDLER) as vcpu:
         vcpu.smi()
-        events = vcpu.get_vcpu_events()
+        events = save_events(vcpu)
         return None if events.flags & KVM_VCPUEVENT_VALID_SMM and events.smi.pending else _SMI_LOST
 
 
@@ -677,7 +678,7 @@ def dropped(stage: Stage) -> None:
             vcpu.vm.set_clock(_CLOCK_NS)
             vcpu.vm.remove_memory(pages)
             if saved:
-                vcpu.get_vcpu_events()
+                save_events(vcpu)
 
 
 # --- immediate exits ----------------------------------------------------------------------------------------

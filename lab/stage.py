@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 from lab import userfault
 from lab.child import HELD, child, wait_for
@@ -28,8 +28,10 @@ from lab.kvm import (
     Cap,
     Exit,
     Kvm,
+    KvmRegs,
     KvmRun,
     KvmSegment,
+    KvmSregs,
     KvmVcpuEvents,
     KvmX86Mce,
     LabError,
@@ -56,6 +58,7 @@ class Lifecycle(TypedDict, total=False):
     userspace_exits: int
     saves: int
     blind_saves: int
+    copies_without: bool
     stale: bool
     nested: bool
     exposed: bool
@@ -611,17 +614,45 @@ def triple_fault(pending: bool) -> KvmVcpuEvents:
     return events
 
 
+_SYSENTER_CS = 0x174  # IA32_SYSENTER_CS, which every CPU with long mode has
+
+
+class Registers(NamedTuple):
+    """What makes a copy of a vCPU: its general, special and model-specific registers, one of these for all."""
+
+    regs: KvmRegs
+    sregs: KvmSregs
+    msr: int
+
+    @classmethod
+    def of(cls, vcpu: Vcpu) -> Registers:
+        """Read them."""
+        return cls(vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_msr(_SYSENTER_CS))
+
+    def put(self, vcpu: Vcpu) -> None:
+        """Write them."""
+        vcpu.set_sregs(self.sregs)
+        vcpu.set_regs(self.regs)
+        vcpu.set_msr(_SYSENTER_CS, self.msr)
+
+
+def save_events(vcpu: Vcpu) -> KvmVcpuEvents:
+    """Save a vCPU with whatever is pending, its events last."""
+    Registers.of(vcpu)
+    return vcpu.get_vcpu_events()
+
+
 def save(vcpu: Vcpu) -> KvmVcpuEvents:
-    """Save the events of a vCPU with a pending triple fault, which must be among them."""
-    events = vcpu.get_vcpu_events()
+    """Save a vCPU with a pending triple fault, which must be among the events."""
+    events = save_events(vcpu)
     if not (events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT and events.triple_fault.pending):
         raise LabError(f"saved events (flags {events.flags:#x}) lack the pending triple fault")
     return events
 
 
 def save_blindly(vcpu: Vcpu) -> KvmVcpuEvents:
-    """Save the events of a vCPU with a pending triple fault, which cannot be among them."""
-    events = vcpu.get_vcpu_events()
+    """Save a vCPU with a pending triple fault, which cannot be among the events."""
+    events = save_events(vcpu)
     if events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
         raise LabError(f"saved events (flags {events.flags:#x}) have a triple fault, with the capability off")
     return events
@@ -719,6 +750,7 @@ def lifecycle(
         userspace_exits=userspace_exits,
         saves=saves,
         blind_saves=blind_saves,
+        copies_without=blind_saves > 0,
         stale=stale,
         nested=nested,
     )

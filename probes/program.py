@@ -7,6 +7,7 @@ needs it, and ``doctor`` says so.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,6 +26,12 @@ _FIELDS = (
     ("OFFSET_VCPU_ID", "kvm_vcpu.vcpu_id", False),
     ("OFFSET_RUN", "kvm_vcpu.run", False),
     ("OFFSET_CR0", "kvm_vcpu.arch.cr0", False),
+    # ++vcpu->stat.exits in vcpu_enter_guest (arch/x86/kvm/x86.c): the guest has run.
+    ("OFFSET_EXITS", "kvm_vcpu.stat.exits", False),
+    # The general registers, RIP behind them (enum kvm_reg), and CR3: up to date once user space has read or written
+    # them.
+    ("OFFSET_REGS", "kvm_vcpu.arch.regs", False),
+    ("OFFSET_CR3", "kvm_vcpu.arch.cr3", False),
     ("OFFSET_F_OP", "file.f_op", False),
     ("OFFSET_EXIT_REASON", "kvm_run.exit_reason", False),
     ("OFFSET_VALID_REGS", "kvm_run.kvm_valid_regs", False),
@@ -139,6 +146,7 @@ def source(
         "MAX_THREADS": str(settings.max_threads),
         "MAX_VMS": str(settings.max_vms),
         "TRIPLE_FAULT": str(TRIPLE_FAULT),
+        **{f"FINGERPRINT_KEY{number}": f"{secrets.randbits(64):#x}ULL" for number in range(2)},
         # Whether all that is watched is only ever raised by the vCPU's own ioctls; in detail full all is read.
         "OWN_ONLY": str(int(settings.watched == 1 << TRIPLE_FAULT and not settings.full)),
         **{f"{name.upper()}": f"{address:#x}ULL" for name, address in symbols.items()},
@@ -157,6 +165,7 @@ def source(
             *(f"#define {name} {value}" for name, value in constants.items()),
             schema.c_constants(),
             schema.c_struct(),
+            schema.c_states(),
             programs.joinpath("vcpu.c").read_text(),
             programs.joinpath(_FILES[plan.engine]).read_text(),
             *(programs.joinpath(name).read_text() for name in (_FULL[plan.engine] if settings.full else ())),

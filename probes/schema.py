@@ -7,6 +7,7 @@ two hooks is ``before ^ requests`` and when it changed is the interval [``since_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Version of the recorded schema. A reader refuses a newer one: a field that it does not know may change a verdict.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+#: From this one on READ tells what user space reads of a vCPU. Before it any KVM_GET_VCPU_EVENTS passes for a save.
+TELLS_READS = 3
 
 
 class Field(NamedTuple):
@@ -56,7 +59,7 @@ class Kind(IntEnum):
     """
 
     VCPU_NEW = 1  # first sight of a vCPU (Flag.CREATED: its creation); arg: vcpu_id; detail: number of its VM
-    VCPU_END = 2  # nothing can run or save the vCPU any more; arg: an End
+    VCPU_END = 2  # nothing can run or save the vCPU any more; arg: an End; detail: as that of RUN_EXIT
     VMM_EXIT = 3  # vcpu 0: every vCPU of pid has ended; arg: an End
     VM_CAP = 4  # vcpu 0: KVM_CAP_X86_TRIPLE_FAULT_EVENT was set; arg: 0 or 1; detail: number of the VM
     IOCTL_ENTER = 5  # a vCPU ioctl begins, other than KVM_RUN; arg: cmd
@@ -64,7 +67,8 @@ class Kind(IntEnum):
     SAVE = 7  # KVM_GET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
     RESTORE = 8  # KVM_SET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
     RUN_ENTER = 9  # KVM_RUN begins
-    RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32
+    RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32; detail: 1 where the guest
+    #                was entered for the first time since its registers were WRITTEN, or a RESTORE of it failed
     RESET = 11  # the vCPU was reset: kvm_vcpu_reset, or registers written in real mode by user space; arg: cmd or 0
     SITE = 12  # inside KVM, after a function that raises, clears or explains a request; arg: a Site
     # From here on in detail full only.
@@ -79,6 +83,11 @@ class Kind(IntEnum):
     REQUEST_ALL_END = 18  # vcpu 0: that returned; since_ns: when it began; the rest as there
     IN_GUEST_STILL = 19  # REMOTE: at the REQUEST_ALL_END of a request with WAIT the vCPU was in guest mode and had it
     #                      pending; arg: as there; since_ns: when the requester began; detail: vcpu->mode
+    # Again in every detail.
+    READ = 20  # since the vCPU last ran user space has read SAVED_STATE of it, or more; detail: set of STATES;
+    #            arg: fingerprint of its registers, 0 where the engine makes none
+    WRITTEN = 21  # since the vCPU last ran user space has written RESTORED_STATE of it, or a part of that again,
+    #               and not what it had read; arg and detail: as of READ
 
 
 #: Events about a vCPU from another thread. They have no sequence number and stand apart from its own: the word that
@@ -102,6 +111,8 @@ class Flag(IntFlag):
     CAP = 4  # KVM_CAP_X86_TRIPLE_FAULT_EVENT is enabled for the VM
     CAP_EXISTS = 8  # this kernel has that capability
     SYNC = 16  # the save went through kvm_run (KVM_SYNC_X86_EVENTS), not through the ioctl
+    READ = 32  # before the hook, and since the vCPU last ran, user space has read SAVED_STATE of it
+    STILL = 64  # it was there when tracing began and has not run since: what was read of it before, nobody saw
 
 
 class End(IntEnum):
@@ -130,6 +141,34 @@ class Site(IntEnum):
     SYNC_EVENTS = 11  # kvm_vcpu_ioctl_x86_set_vcpu_events
 
 
+class State(NamedTuple):
+    """A part of the state of a vCPU that user space reads and writes: the numbers (_IOC_NR) of the ioctls that do."""
+
+    name: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+#: By bit in a set of them, as READ and WRITTEN tell it (uapi linux/kvm.h).
+STATES = (
+    State("regs", (0x81,), (0x82,)),
+    State("sregs", (0x83, 0xCC), (0x84, 0xCD)),  # KVM_GET_SREGS and KVM_GET_SREGS2
+    State("msrs", (0x88,), (0x89,)),
+    State("events", (0x9F,), (0xA0,)),
+    State("fpu", (0x8C,), (0x8D,)),
+    State("xsave", (0xA4, 0xCF), (0xA5,)),  # KVM_GET_XSAVE and KVM_GET_XSAVE2
+    State("xcrs", (0xA6,), (0xA7,)),
+    State("debugregs", (0xA1,), (0xA2,)),
+    State("lapic", (0x8E,), (0x8F,)),
+    State("mp_state", (0x98,), (0x99,)),
+    State("nested_state", (0xBE,), (0xBF,)),
+)
+STATE_BITS = {state.name: 1 << bit for bit, state in enumerate(STATES)}
+#: A copy of a guest has at least these; with the events it keeps what is pending.
+SAVED_STATE = STATE_BITS["regs"] | STATE_BITS["sregs"] | STATE_BITS["msrs"]
+#: With these user space gives a vCPU another state.
+RESTORED_STATE = STATE_BITS["regs"] | STATE_BITS["sregs"]
+
 # struct kvm_vcpu_events.flags (uapi asm/kvm.h); Linux commit ed2351174e38
 # ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
 VALID_TRIPLE_FAULT = 0x20
@@ -150,12 +189,34 @@ def c_struct() -> str:
 
 
 def c_constants() -> str:
-    """Return every Kind, Flag, End and Site as a C constant, such as ``KIND_RUN_EXIT``."""
+    """Return every Kind, Flag, End and Site as a C constant, such as ``KIND_RUN_EXIT``, and the sets of STATES."""
     return "".join(
         f"#define {enum.__name__.upper()}_{member.name} {member.value}\n"
         for enum in (Kind, Flag, End, Site)
         for member in enum
+    ) + "".join(
+        f"#define {name} {value:#x}\n"
+        for name, value in (
+            ("STATE_MSRS", STATE_BITS["msrs"]),
+            ("SAVED_STATE", SAVED_STATE),
+            ("RESTORED_STATE", RESTORED_STATE),
+        )
     )
+
+
+def c_states() -> str:
+    """Return the C functions that tell which of STATES an ioctl reads or writes, 0: none."""
+
+    def function(verb: str, of: Callable[[State], tuple[int, ...]]) -> str:
+        cases = "".join(
+            "".join(f"\tcase {number:#x}:\n" for number in of(state)) + f"\t\treturn {bit:#x};\n"
+            for state, bit in zip(STATES, STATE_BITS.values(), strict=True)
+        )
+        return (
+            f"static inline u32 state_{verb}_by(u32 cmd)\n{{\n\tswitch (cmd & 0xff) {{\n{cases}\t}}\n\treturn 0;\n}}\n"
+        )
+
+    return function("read", lambda state: state.reads) + function("written", lambda state: state.writes)
 
 
 def arrow_schema() -> pa.Schema:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from probes.requests import STATE
 from reports.document import records
-from reports.judged import TRIPLE_FAULT, Guest, guest_of, guests, needs_action, ranked, wait
+from reports.judged import TRIPLE_FAULT, Guest, guest_of, guests, left_out, needs_action, ranked, wait
 from reports.words import Clock, clip, interval, plural, shown
 
 if TYPE_CHECKING:
     from analysis.judge import Judgement
 
 # Requests that have all of this in common share a remedy.
-_ALIKE = ["vm", "pid", "end", "request"]
+_ALIKE = ["vm", "pid", "end", "request", "copies_without", "exposed"]
 # A guest's name in running text; a longer one is cut.
 _NAME = 32
 # KVM_CAP_X86_TRIPLE_FAULT_EVENT (uapi linux/kvm.h); Linux commit ed2351174e38 ("KVM: x86: Extend
@@ -33,7 +33,7 @@ _NEVER = {"Firecracker": "", "Cloud Hypervisor": "", "OpenVMM": "", "crosvm": ",
 class Finding(NamedTuple):
     """Requests that share a fate and a remedy."""
 
-    kind: str  # "lost", "undecided", "exposed" or "stale"
+    kind: str  # "lost", "copied", "undecided", "exposed", "stale" or "restored"
     title: str
     cases: Sequence[str]  # one sentence or two for each request
     more: int  # requests that `cases` has no room for
@@ -60,7 +60,7 @@ def findings(judgement: Judgement, *, most: int = 10) -> list[Finding]:
             group.append(row)
     for row in records(alike.size().rename("count").reset_index()):
         counts[_remedy(row, guest_of(row, known))] += row["count"]
-    return [
+    return [*_restored(judgement, known, clock, most)] + [
         Finding(
             remedy.kind,
             _title(remedy, counts[remedy]),
@@ -95,6 +95,8 @@ def survives(guest: Guest) -> str:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
+    if row["end"] != "lost" and left_out(row):
+        return "copied"
     if row["end"] in ("lost", "undecided"):
         return str(row["end"])
     return "exposed" if row["end"] == "open" else "stale"
@@ -105,6 +107,7 @@ def _title(remedy: _Remedy, count: int) -> str:
     which = f": {shown(remedy.request)}" if remedy.request != TRIPLE_FAULT else ""
     return {
         "lost": f"{plural(count, 'request')} LOST{where}{which}",
+        "copied": f"{plural(count, 'request')} LOST from a copy{where}{which}",
         "undecided": f"{plural(count, 'request')} undecided",
         "exposed": f"{plural(count, 'request')} still pending, and missing from a save{where}{which}",
         "stale": f"{plural(count, 'request')} delivered after a reset{where}{which}",
@@ -121,6 +124,27 @@ def _lost(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
     return (
         f"{_raised(row, guest, clock)}; {without}, and the vCPU ended with it pending {_later(row)}. "
         f"Any copy made from that save {runs}."
+    )
+
+
+_BECAME = {
+    "delivered": "the guest itself shut down",
+    "reflected": "the guest itself received it",
+    "serviced": "the guest itself received it",
+    "cleared": "the VMM cleared it",
+    "handed_over": "a later save carried it",
+    "abandoned": "the vCPU ended",
+    "open": "it was still pending when the recording ended",
+    "undecided": "what became of the original was not seen",
+}
+
+
+def _copied(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    saves = "1 save" if row["blind_saves"] == 1 else f"{row['blind_saves']:,} saves"
+    runs = "lives on" if row["request"] == TRIPLE_FAULT else f"lacks {_what(row)}"
+    return (
+        f"{_raised(row, guest, clock)}; {saves} left it out, and {_BECAME[row['end']]}. "
+        f"Any copy made from such a save {runs}."
     )
 
 
@@ -149,7 +173,7 @@ def _stale(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
     )
 
 
-_CASES = {"lost": _lost, "undecided": _undecided, "exposed": _exposed, "stale": _stale}
+_CASES = {"lost": _lost, "copied": _copied, "undecided": _undecided, "exposed": _exposed, "stale": _stale}
 
 
 def _raised(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
@@ -236,7 +260,13 @@ def _after_doubt(_remedy: _Remedy) -> Iterator[str]:
     )
 
 
-_STEPS = {"lost": _after_loss, "undecided": _after_doubt, "exposed": _after_exposure, "stale": _after_stale}
+_STEPS = {
+    "lost": _after_loss,
+    "copied": _after_loss,
+    "undecided": _after_doubt,
+    "exposed": _after_exposure,
+    "stale": _after_stale,
+}
 
 
 # How to keep it from happening again.
@@ -259,3 +289,31 @@ def _prevention(vmm: str, cap: bool | None) -> Iterator[str]:
             f"Make {vmm or 'the VMM'} enable {_CAP} with KVM_ENABLE_CAP before it saves, and carry "
             "triple_fault.pending to the copy; QEMU does from 7.2 on. It needs Linux 6.0."
         )
+
+
+# --- on arrival ---------------------------------------------------------------------------------------------
+
+
+def _restored(judgement: Judgement, known: Mapping[int, Guest], clock: Clock, most: int) -> Iterator[Finding]:
+    """Yield what to know and do about restores of this host that lost a triple fault."""
+    rows = records(judgement.restores[judgement.restores["ran"]])
+    if rows:
+        yield Finding(
+            "restored",
+            f"{plural(len(rows), 'guest')} restored without a triple_fault",
+            [_arrived(row, guest_of(row, known), clock) for row in rows[:most]],
+            max(len(rows) - most, 0),
+            (
+                "Stop these guests and boot them afresh: what they were made from asked to shut down.",
+                f"Restore only where {_CAP} is enabled before KVM_SET_VCPU_EVENTS; QEMU does from 7.2 on. "
+                "It needs Linux 6.0.",
+            ),
+        )
+
+
+def _arrived(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
+    who = f"guest {clip(guest.name, _NAME)} vCPU {row['vcpu']}"
+    when = clock.when(row["time_ns"])
+    if row["outcome"] == "refused":
+        return f"{who}: KVM_SET_VCPU_EVENTS with the triple fault failed (errno {row['errno']}); it ran at {when} UTC."
+    return f"{who}: its save had carried the triple fault, and it ran without it at {when} UTC."

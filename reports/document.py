@@ -26,7 +26,7 @@ _RECORDING = (
     "requests_flags", "requests_table", "requests_table_exact", "started_ns", "ended_ns", "clock", "plan", "counters",
 )  # fmt: skip
 _LIFECYCLE = (
-    "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why", "raised_in",
+    "userspace_exits", "saves", "blind_saves", "copies_without", "nested", "stale", "exposed", "why", "raised_in",
 )  # fmt: skip
 _RULE = ("rule", "title", "source", "checked", "broken", "undecided", "unchecked")
 _BREAK = ("rule", "vm", "pid", "vcpu", "request", "time_ns", "since_ns", "story")
@@ -95,6 +95,17 @@ def _members(judgement: Judgement) -> dict[str, Any]:
             {key: row[key] for key in ("vm", "pid", "vcpu", "time_ns", "source", "nested")}
             for row in each(judgement.shutdowns)
         ),
+        "saves": (one_save(row) for row in each(judgement.saves)),
+        # A triple fault that a restore on this host was refused, or has dropped.
+        "restores": (
+            {
+                **{key: row[key] for key in ("vm", "pid", "vcpu", "request", "outcome", "ran")},
+                "time_ns": [row["after_ns"], row["time_ns"]],
+                "errno": row["errno"] or None,
+                "saved_as": row["saved_as"] if row["saved_as"] >= 0 else None,
+            }
+            for row in each(judgement.restores)
+        ),
         # From raise to end, each figure as a lower and an upper bound in ns; null where none is known.
         "latency": records(latency.summary(judgement.lifecycles)),
         "latency_by_vcpu": each(latency.summary(judgement.lifecycles, ("request", "vm", "vcpu"))),
@@ -102,8 +113,24 @@ def _members(judgement: Judgement) -> dict[str, Any]:
             "rules": [{key: row[key] for key in _RULE} for row in records(judgement.ordering.rules)],
             "breaks": [{key: row[key] for key in _BREAK} for row in records(judgement.ordering.breaks)],
         },
-        "summary": {str(end): int(count) for end, count in judgement.summary.items()},
+        "summary": {
+            **{str(end): int(count) for end, count in judgement.summary.items()},
+            "copies_without": judgement.copies_without,
+        },
         "exit_status": int(judgement.exit_status),
+    }
+
+
+def one_save(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the saves: ``time_ns`` is [last reading before it, over], ``ran_as`` a VM's number or null."""
+    return {
+        **{key: native(row[key]) for key in ("vm", "pid", "vcpu", "request")},
+        "time_ns": [native(row["after_ns"]), native(row["time_ns"])],
+        "carried": native(row["carried"]),
+        "read": str(row["read"]).split(",") if row["read"] else [],
+        "ran_again": native(row["ran_again"]),
+        "ran_as": row["ran_as"] if row["ran_as"] >= 0 else None,
+        "arrived": row["arrived"] or None,
     }
 
 

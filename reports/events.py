@@ -18,7 +18,18 @@ import pyarrow.compute as pc
 
 from probes.exits import GUEST_EXIT, Names, parse
 from probes.requests import bit_name
-from probes.schema import MODES, PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_FLAGS, REQUEST_MASK, End, Flag, Kind, Site
+from probes.schema import (
+    MODES,
+    PAYLOAD_FLAGS,
+    PAYLOAD_PENDING,
+    REQUEST_FLAGS,
+    REQUEST_MASK,
+    STATE_BITS,
+    End,
+    Flag,
+    Kind,
+    Site,
+)
 from probes.uapi import exit_reason, ioctl
 
 Array = npt.NDArray[Any]
@@ -37,7 +48,7 @@ COLUMNS: Mapping[str, str] = {
     "kind": "what was hooked: the name of a schema.Kind in lower case",
     "requests": "the requests that are pending, by name (bit_N: one that the recording does not name)",
     "before": "those that were pending at since_ns (neither in request_all nor in request_all_end)",
-    "flags": "what holds: created, nested, cap, cap_exists, sync",
+    "flags": "what holds: created, nested, cap, cap_exists, sync, read, still",
     "vm": "number of the VM (vcpu_new, vm_cap, request_all, request_all_end)",
     "vcpu_id": "KVM's own number of the vCPU (vcpu_new)",
     "cap": "whether KVM_CAP_X86_TRIPLE_FAULT_EVENT is on (vm_cap): 0 or 1",
@@ -53,11 +64,13 @@ COLUMNS: Mapping[str, str] = {
     "blocked_ns": "for how long the vCPU had nothing to run (wakeup)",
     "slept": "whether it slept, and did not only poll (wakeup): 0 or 1",
     "mode": "vcpu->mode as that thread saw it, in lower case (kick, in_guest_still)",
+    "state": "what user space has read of the vCPU since it last ran (read), or written (written)",
+    "fingerprint": "of the registers that it has read or written: equal ones are equal registers (read, written)",
     "request": "the request that several vCPUs get (request_all, request_all_end, in_guest_still)",
     "request_flags": "what KVM was told of it: no_wakeup, wait, no_action (the same kinds)",
     "targets": "the vCPUs that get it, by KVM's index and as far as 63, or all (request_all, request_all_end)",
 }
-_LISTS = ("requests", "before", "flags", "request_flags", "targets")
+_LISTS = ("requests", "before", "flags", "state", "request_flags", "targets")
 
 # A mask of vCPUs that stands for every one.
 _ALL = (1 << 64) - 1
@@ -199,6 +212,8 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int, exits: Nam
         _Column("blocked_ns", arg, known=among(Kind.WAKEUP)),
         _Column("slept", (detail != 0).astype("u1"), known=among(Kind.WAKEUP)),
         named("mode", detail, mode, among(Kind.KICK, Kind.IN_GUEST_STILL)),
+        named("state", detail, states, among(Kind.READ, Kind.WRITTEN)),
+        _Column("fingerprint", arg, known=among(Kind.READ, Kind.WRITTEN) & (arg != 0)),
         named("request", told & np.uint64(REQUEST_MASK), request, of_one),
         named("request_flags", told & ~np.uint64(REQUEST_MASK), request_flags, of_one),
         named("targets", np.where(to_all, events["requests"], np.uint64(0)), targets, to_all),
@@ -225,6 +240,11 @@ def request_flags(arg: int) -> list[str]:
 def targets(mask: int) -> list[int | str]:
     """Return the vCPUs of a mask by their index, or that it is all of them."""
     return ["all"] if mask == _ALL else [index for index in range(64) if mask >> index & 1]
+
+
+def states(of: int) -> list[str]:
+    """Return the parts of a vCPU's state in a set of probes.schema.STATES."""
+    return [name for name, bit in STATE_BITS.items() if of & bit]
 
 
 def _member(enum: Any, value: int) -> str:

@@ -67,6 +67,7 @@ _MARKS: Mapping[str, _Mark] = {
     "save": _Mark("save that carried it", "^", _GREEN),
     "blind_save": _Mark("save that left it out", "v", _VERMILION, size=8),
     "reset": _Mark("reset", "s", _SKY, size=6),
+    "written": _Mark("registers written", "s", _PURPLE, filled=False, size=6),
     "restore": _Mark("restore", "D", _PURPLE, filled=False, size=6),
 }
 _ENDS: Mapping[str, _Mark] = {

@@ -115,6 +115,18 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
         ],
         "ordering": _ordering(source),
         "timeline": _timeline(source),
+        "saves": [
+            {
+                **row,
+                "guest": judged.guest_of(row, guests).name,
+                "request": shown(row["request"]),
+                "time": clock.when(row["time_ns"]),
+                "then": "ran on" if row["ran_again"] else "ended",
+                "copy": guests[row["ran_as"]].name if row["ran_as"] in guests else "",
+            }
+            for row in records(judged.copies(judgement).head(MOST_ROWS))
+        ],
+        "more_saves": max(int((~judgement.saves["carried"]).sum()) - MOST_ROWS, 0),
         "shutdowns": [
             {
                 "guest": judged.guest_of(row, guests).name,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from analysis.judge import Judgement
 
-# Worst first; `stale` and `exposed` stand between the ends, see _rank. Ends that are not named here come
+# Worst first; `copied`, `stale` and `exposed` stand between the ends, see _rank. Ends that are not named here come
 # last.
-_RANKS = ("lost", "undecided", "exposed", "stale", "open", "abandoned")
+_RANKS = ("lost", "copied", "undecided", "exposed", "stale", "open", "abandoned")
 # Ends by which a request had its effect: too late, if the vCPU was reset before.
 _SERVED = ("delivered", "reflected", "serviced")
 
@@ -89,6 +89,13 @@ def headline(judgement: Judgement) -> Headline:
     which = _which(judgement, lifecycles[lost])
     if lost.any():
         return Headline(f"{plural(int(lost.sum()), 'request was', 'requests were')} LOST{which}", "bad")
+    copied = lifecycles["copies_without"] & ~exposed
+    if copied.any():
+        which = _which(judgement, lifecycles[copied])
+        were = plural(int(copied.sum()), "request was", "requests were")
+        return Headline(f"nothing lost here, but {were} LOST from copies{which}", "bad")
+    if judgement.dropped:
+        return Headline(f"{plural(judgement.dropped, 'guest was', 'guests were')} restored without a shutdown", "bad")
     if (undecided & carries).any():
         return Headline(f"{plural(int((undecided & carries).sum()), 'request')} undecided, none seen lost", "unsure")
     if exposed.any():
@@ -186,7 +193,7 @@ def vmm(name: object) -> str:
 
 
 # What the order of lifecycles is made from: there can be millions of them, and their other columns are not copied.
-_RANKED = ["request", "end", "raised_ns", "blind_saves", "stale", "exposed"]
+_RANKED = ["request", "end", "raised_ns", "blind_saves", "copies_without", "stale", "exposed"]
 
 
 def ranked(lifecycles: pd.DataFrame, chosen: pd.Series[bool]) -> NDArray[np.intp]:
@@ -257,20 +264,26 @@ def _carries(lifecycles: pd.DataFrame) -> pd.Series[bool]:
     return lifecycles["request"].isin(STATE)
 
 
-# The place of each row in _RANKS; a request that lived through a blind save comes before those that were
-# never in danger.
+# The place of each row in _RANKS.
 def _rank(lifecycles: pd.DataFrame) -> pd.Series[Any]:
     end = lifecycles["end"]
-    rank = np.where(lifecycles["blind_saves"] > 0, len(_RANKS), len(_RANKS) + 1).astype(np.int8)
+    rank = np.full(len(end), len(_RANKS), np.int8)
     for place, name in enumerate(_RANKS):
         rank[end == name] = place
     rank[lifecycles["stale"].astype(bool) & end.isin(_SERVED)] = _RANKS.index("stale")
+    copied = lifecycles["copies_without"].astype(bool) & (end != "lost") & _carries(lifecycles)
+    rank[copied] = _RANKS.index("copied")
     rank[_exposed(lifecycles)] = _RANKS.index("exposed")
     return pd.Series(rank, lifecycles.index)
 
 
 def _exposed(lifecycles: pd.DataFrame) -> pd.Series[bool]:
     return (lifecycles["end"] == "open") & lifecycles["exposed"].astype(bool)
+
+
+def left_out(row: Mapping[str, Any]) -> bool:
+    """Tell whether a copy lacks a request, and not only because it is lost altogether, or exposed to that."""
+    return bool(row["copies_without"]) and row["end"] != "lost" and not (row["end"] == "open" and row["exposed"])
 
 
 def outcome(row: Mapping[str, Any]) -> str:
@@ -280,6 +293,8 @@ def outcome(row: Mapping[str, Any]) -> str:
         marks.append("exposed")
     if row["end"] in _SERVED and row["stale"]:
         marks.append("stale")
+    if left_out(row):
+        marks.append("not in a copy")
     return ", ".join(marks)
 
 
@@ -290,6 +305,12 @@ def wait(row: Mapping[str, Any]) -> tuple[int, int | None]:
     if ended is None or ended < 0 or row["raised_after_ns"] <= 0:
         return lower, None
     return lower, int(ended) - int(row["raised_after_ns"])
+
+
+def copies(judgement: Judgement) -> pd.DataFrame:
+    """Return the saves that left a request out, those first of which a copy was seen to run."""
+    saves = judgement.saves[~judgement.saves["carried"]]
+    return saves.iloc[np.lexsort((saves["time_ns"], saves["ran_as"] < 0))]
 
 
 def stories(story: pd.DataFrame) -> dict[Any, pd.DataFrame]:

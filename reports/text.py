@@ -15,6 +15,7 @@ from reports.judged import (
     PLACES,
     Fact,
     Guest,
+    copies,
     dropped,
     guest_of,
     guests,
@@ -60,6 +61,7 @@ def report(source: Source) -> str:
     parts = (
         _headline(judgement),
         _verdicts(source),
+        _saves(source),
         _findings(judgement),
         _latency(source),
         _states(source),
@@ -175,6 +177,39 @@ def _one_by_one(source: Source, title: str, *, alone: bool) -> Iterator[str]:
     more = len(rows) + source.more_verdicts - len(table)
     if more:
         yield from wrap(f"and {plural(more, 'more', 'more')}, with --format csv or json", first="  ")
+
+
+def _saves(source: Source) -> Iterator[str]:
+    """Yield which saves left a request out, and where a copy runs that was made from one."""
+    table = copies(source.judgement)
+    if table.empty:
+        return
+    clock = Clock(source.judgement.meta["clock"])
+    layout = [
+        Column("guest", least=8),
+        Column("vCPU", right=True),
+        Column("request", least=8),
+        Column("UTC"),
+        Column("then", least=8),
+        Column("a copy runs as", least=8),
+    ]
+    yield "Saves that left a request out"
+    yield from columns(
+        layout,
+        [
+            [
+                guest_of(row, source.guests).name,
+                str(row["vcpu"]),
+                shown(row["request"]),
+                clock.when(row["time_ns"]),
+                "ran on" if row["ran_again"] else "ended",
+                source.guests[row["ran_as"]].name if row["ran_as"] in source.guests else "",
+            ]
+            for row in records(table.head(MOST_ROWS))
+        ],
+    )
+    if len(table) > MOST_ROWS:
+        yield f"  and {plural(len(table) - MOST_ROWS, 'more', 'more')}, with --format json"
 
 
 def _findings(judgement: Judgement) -> Iterator[str]:

@@ -23,7 +23,7 @@
 
 static inline int end_unseen(struct in_ioctl *in)
 {
-	return in->events != 0;		/* the kretprobe of KVM_{GET,SET}_VCPU_EVENTS did not run */
+	return in->events || in->saved;	/* a kretprobe of KVM_{GET,SET}_VCPU_EVENTS, or of the ioctl itself, did not run */
 }
 
 static inline struct vcpu_state *state_of(u64 vcpu)
@@ -104,7 +104,7 @@ PROGRAM after_kvm_arch_vcpu_ioctl(CONTEXT *ctx)
 	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return 0;
-	end_of_ioctl(state, vcpu, in->cmd, in->argument, in->payload, in->told, RESULT(3));
+	end_of_ioctl(state, vcpu, in, in->cmd, in->argument, RESULT(3));
 	leave(state, vcpu, in);
 	return 0;
 }
@@ -120,7 +120,8 @@ PROGRAM on_vcpu_events(CONTEXT *ctx)
 	return 0;
 }
 
-static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
+/* KVM_SET_VCPU_EVENTS, or the same through kvm_run, has passed on what it was given. */
+static inline void after_restore(int error)
 {
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
@@ -133,10 +134,6 @@ static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
 
 	if (!in || !in->vcpu || !in->events)
 		return;			/* attached while this thread was inside: the end of the ioctl will tell */
-	if (kind == KIND_SAVE && in->cmd == KVM_RUN) {
-		in->events = 0;
-		return;			/* a save through kvm_run, before KVM_RUN ends: end_of_run() tells it after that */
-	}
 	vcpu = in->vcpu;
 	state = vcpus.lookup(&vcpu);
 	if (!state)
@@ -147,18 +144,29 @@ static inline void after_vcpu_events(u32 kind, u32 cmd, int error)
 	in->told = 1;
 	take_reading(state, vcpu, &reading);
 	count(COUNT_BOUNDARIES);
-	send(state, &reading, kind, cmd | (u64)(u32)error << 32, passed, flags | live_flags(state, vcpu));
+	send(state, &reading, KIND_RESTORE, KVM_SET_VCPU_EVENTS | (u64)(u32)error << 32, passed,
+	     flags | live_flags(state, vcpu));
 }
 
 PROGRAM after_get_vcpu_events(CONTEXT *ctx)
 {
-	after_vcpu_events(KIND_SAVE, KVM_GET_VCPU_EVENTS, 0);	/* a void function: it cannot fail */
+	u64 thread = this_thread();
+	struct in_ioctl *in = threads.lookup(&thread);
+	int failed;
+
+	if (!in || !in->events)
+		return 0;		/* attached while this thread was inside: the end of the ioctl will tell */
+	if (in->cmd != KVM_RUN) {	/* a save through kvm_run is told by end_of_run() */
+		in->payload = payload(in->events, 0, &failed);
+		in->saved = 1;		/* whether user space has got it, the end of the ioctl will tell */
+	}
+	in->events = 0;
 	return 0;
 }
 
 PROGRAM after_set_vcpu_events(CONTEXT *ctx)
 {
-	after_vcpu_events(KIND_RESTORE, KVM_SET_VCPU_EVENTS, RESULT(2));
+	after_restore(RESULT(2));
 	return 0;
 }
 

@@ -436,7 +436,7 @@ static inline void ioctl_returns(struct in_ioctl *in, struct arguments *argument
 	state = of ? vcpus.lookup(&of) : NULL;
 	if (!state)
 		return;
-	end_of_ioctl(state, of, cmd, arguments->dx, in->payload, 0, result);
+	end_of_ioctl(state, of, in, cmd, arguments->dx, result);
 	leave(state, of, in);
 }
 

@@ -72,6 +72,12 @@ struct vcpu_state {
 	u8 seen;		/* the flags of its last event */
 	u8 announced;		/* its VCPU_NEW is in the ring */
 	u8 closing;		/* its last descriptor was closed while a thread was inside an ioctl */
+	u8 still;		/* FLAG_STILL */
+	u32 read;		/* what user space has read of it, */
+	u32 written;		/* and written, since it last ran */
+	u64 exits;		/* how often it had left the guest by then */
+	u64 restored;		/* the same and 1 more when it was restored; 0: it was not, or its run since was told */
+	u64 fingerprint;	/* of its registers, as user space has read them */
 #if FULL
 	u32 ran;		/* it was seen to enter or leave the guest */
 #endif
@@ -86,8 +92,9 @@ struct in_ioctl {
 	u64 argument;
 	u64 events;		/* struct kvm_vcpu_events in kernel memory, while KVM fills or reads it */
 	u32 cmd;
-	u32 payload;		/* what user space passed to KVM_SET_VCPU_EVENTS */
-	u32 told;		/* the save or the restore was sent already */
+	u32 payload;		/* what user space passed to KVM_SET_VCPU_EVENTS, or, with saved, KVM_GET_VCPU_EVENTS gave */
+	u16 told;		/* the restore was sent already */
+	u16 saved;
 	u32 fd;			/* the descriptor of its last ioctl of a vCPU, */
 	u64 last_vcpu;		/* which led there */
 	u64 last_ns;		/* when this thread last read its word, where the vCPU's own state was not told */
@@ -219,6 +226,18 @@ static inline void lose(u32 number, u64 now)
 	loss->last_ns = now;
 }
 
+/* Forget what was read and written of a vCPU that has run since. At no cost where it runs: KVM counts for itself. */
+static inline void forget_if_ran(struct vcpu_state *state, u64 vcpu)
+{
+	u64 exits = read_u64(vcpu + OFFSET_EXITS);
+
+	if (exits == state->exits)
+		return;
+	state->exits = exits;
+	state->read = state->written = 0;
+	state->still = 0;
+}
+
 /* What holds now. Only for a vCPU that is alive: this reads its memory and its VM's. */
 static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 {
@@ -235,6 +254,12 @@ static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 	if (read_u32(vcpu + OFFSET_HFLAGS) & HF_GUEST_MASK)
 		flags |= FLAG_NESTED;
 #endif
+	if (state->read || state->still)
+		forget_if_ran(state, vcpu);
+	if ((state->read & SAVED_STATE) == SAVED_STATE)
+		flags |= FLAG_READ;
+	if (state->still)
+		flags |= FLAG_STILL;
 	state->seen = flags;
 	return flags;
 }
@@ -343,6 +368,96 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
 }
 
+#define ROTATED(word, by)	((word) << (by) | (word) >> (64 - (by)))
+#define SIPROUND(a, b, c, d)								\
+	do {										\
+		a += b; b = ROTATED(b, 13); b ^= a; a = ROTATED(a, 32);			\
+		c += d; d = ROTATED(d, 16); d ^= c;					\
+		a += d; d = ROTATED(d, 21); d ^= a;					\
+		c += b; b = ROTATED(b, 17); b ^= c; c = ROTATED(c, 32);			\
+	} while (0)
+
+#define NR_REGS	17	/* RAX to R15, RIP: enum kvm_reg */
+
+/*
+ * A fingerprint of the general registers and CR3 (SipHash-1-3, https://www.aumasson.jp/siphash/siphash.pdf): it is the same for a
+ * vCPU that is saved and for one that is restored from that, and tells nothing of them without the recording's key.
+ */
+static inline u64 fingerprint(u64 vcpu)
+{
+	u64 regs[NR_REGS + 1] = {};
+	u64 a = FINGERPRINT_KEY0 ^ 0x736f6d6570736575ULL, b = FINGERPRINT_KEY1 ^ 0x646f72616e646f6dULL;
+	u64 c = FINGERPRINT_KEY0 ^ 0x6c7967656e657261ULL, d = FINGERPRINT_KEY1 ^ 0x7465646279746573ULL;
+
+	if (bpf_probe_read_kernel(regs, NR_REGS * sizeof(u64), (void *)(vcpu + OFFSET_REGS)))
+		return 0;
+	regs[NR_REGS] = read_u64(vcpu + OFFSET_CR3);
+#pragma unroll
+	for (int i = 0; i <= NR_REGS; i++) {
+		d ^= regs[i];
+		SIPROUND(a, b, c, d);
+		a ^= regs[i];
+	}
+	d ^= (u64)sizeof(regs) << 56;
+	SIPROUND(a, b, c, d);
+	a ^= (u64)sizeof(regs) << 56;
+	c ^= 0xff;
+	SIPROUND(a, b, c, d);
+	SIPROUND(a, b, c, d);
+	SIPROUND(a, b, c, d);
+	return a ^ b ^ c ^ d;
+}
+
+/* The next time that it runs is told: its next KVM_RUN is not left out by the hot path. */
+static inline void restored(struct vcpu_state *state, u64 vcpu)
+{
+	state->restored = read_u64(vcpu + OFFSET_EXITS) + 1;
+	new_epoch();
+}
+
+/*
+ * User space has read or written a part of a vCPU's state: told where what makes a save, or a restore, is complete, and
+ * then at each change of it. KVM_GET_MSRS and KVM_SET_MSRS return how many they did.
+ */
+static inline void state_passed(struct vcpu_state *state, u64 vcpu, u32 cmd, int result)
+{
+	u32 read = state_read_by(cmd), written = state_written_by(cmd), known;
+	u64 mark;
+
+	if (cmd == KVM_SET_VCPU_EVENTS && result < 0)
+		restored(state, vcpu);
+	if (result < 0 || (((read | written) & STATE_MSRS) && !result) || !(read | written))
+		return;
+	forget_if_ran(state, vcpu);
+	if (read) {
+		known = state->read;
+		state->read |= read;
+		if (state->read == known || (state->read & SAVED_STATE) != SAVED_STATE)
+			return;
+		state->fingerprint = fingerprint(vcpu);
+		boundary(state, vcpu, KIND_READ, state->fingerprint, state->read, ALWAYS);
+	} else {
+		state->written |= written;
+		if (!(written & SAVED_STATE) || (state->written & RESTORED_STATE) != RESTORED_STATE)
+			return;
+		mark = fingerprint(vcpu);
+		if ((state->read & SAVED_STATE) == SAVED_STATE && mark == state->fingerprint)
+			return;			/* what was read is put back: it is what it was */
+		state->read = 0;
+		restored(state, vcpu);
+		boundary(state, vcpu, KIND_WRITTEN, mark, state->written, ALWAYS);
+	}
+}
+
+/* Whether a vCPU has run that was restored, or refused to be. */
+static inline u32 ran_restored(struct vcpu_state *state, u64 vcpu)
+{
+	if (!state->restored || read_u64(vcpu + OFFSET_EXITS) + 1 == state->restored)
+		return 0;
+	state->restored = 0;
+	return 1;
+}
+
 /* Whether the user asked for this process; a process that the tracer looks up on its behalf counts as itself. */
 static inline int asked_for(u32 pid)
 {
@@ -380,6 +495,8 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 	new.vcpu_id = read_u32(vcpu + OFFSET_VCPU_ID);
 	new.pid = pid;
 	new.flags = flags;
+	new.still = !(flags & FLAG_CREATED);
+	new.exits = read_u64(vcpu + OFFSET_EXITS);
 #ifdef OFFSET_TRIPLE_FAULT_EVENT
 	new.flags |= FLAG_CAP_EXISTS;
 #endif
@@ -403,7 +520,7 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
 {
 	new_epoch();
-	boundary(state, vcpu, KIND_VCPU_END, how, 0, ALWAYS);
+	boundary(state, vcpu, KIND_VCPU_END, how, ran_restored(state, vcpu), ALWAYS);
 	vcpus.delete(&vcpu);
 }
 
@@ -505,6 +622,8 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 	if ((state->word & WATCHED) && resets(vcpu, cmd, argument)) {
 		kind = KIND_RESET;
 		send_if = ALWAYS;
+	} else if (cmd == KVM_RUN && (state->read & SAVED_STATE) == SAVED_STATE) {
+		send_if = WATCHED;	/* what was raised since it was saved is not left out by that any more */
 	}
 	boundary(state, vcpu, kind, cmd, 0, send_if);
 }
@@ -519,9 +638,10 @@ static inline void leave(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in
 /* KVM_RUN returns to user space. */
 static inline void end_of_run(struct vcpu_state *state, u64 vcpu, u32 reason, int error)
 {
-	u64 send_if = reason == KVM_EXIT_SHUTDOWN && !error ? ALWAYS : WATCHED;
+	u32 restored = ran_restored(state, vcpu);
+	u64 send_if = restored || (reason == KVM_EXIT_SHUTDOWN && !error) ? ALWAYS : WATCHED;
 
-	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, 0, send_if);
+	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, restored, send_if);
 	if (state->word & WATCHED) {
 		/* A VMM that has its registers in kvm_run gets the events with them: that is a save, too. */
 		u64 run = read_u64(vcpu + OFFSET_RUN);
@@ -554,26 +674,28 @@ static inline void after(u32 site, u64 send_if)
 		boundary(state, vcpu, KIND_SITE, site, 0, send_if);
 }
 
-/* An ioctl other than KVM_RUN returns. `told`: the engine has seen inside it what was saved or restored. */
-static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, u32 cmd, u64 argument, u32 restored, u32 told,
-				int error)
+/* An ioctl other than KVM_RUN returns; `in` tells what the engine has seen inside it. */
+static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in, u32 cmd, u64 argument, int error)
 {
 	u32 kind = KIND_IOCTL_EXIT, detail = 0;
 	u64 send_if = WATCHED;
 	int failed;
 
-	if (!told && cmd == KVM_GET_VCPU_EVENTS) {
+	if (cmd == KVM_GET_VCPU_EVENTS) {
 		kind = KIND_SAVE;
 		send_if = ALWAYS;
-		detail = payload(argument, 1, &failed);
+		failed = 0;
+		detail = in->saved ? in->payload : payload(argument, 1, &failed);
 		if (failed)
 			detail = payload_by_rule(state, vcpu);
-	} else if (!told && cmd == KVM_SET_VCPU_EVENTS) {
+		in->saved = 0;
+	} else if (!in->told && cmd == KVM_SET_VCPU_EVENTS) {
 		kind = KIND_RESTORE;
 		send_if = ALWAYS;
-		detail = restored;
+		detail = in->payload;
 	}
 	boundary(state, vcpu, kind, cmd | (u64)(u32)error << 32, detail, send_if);
+	state_passed(state, vcpu, cmd, error);
 }
 
 /* KVM_CAP_X86_TRIPLE_FAULT_EVENT was set on a VM. */
@@ -609,6 +731,6 @@ static inline void run_returns(struct vcpu_state *state, u64 vcpu, struct in_ioc
 	tell_last(state, vcpu, in);
 	end_of_run(state, vcpu, reason, error);
 	in->last_vcpu = vcpu;
-	in->epoch = current_epoch();
+	in->epoch = current_epoch() - !!state->restored;	/* not left out before the guest has been entered */
 	leave(state, vcpu, in);
 }

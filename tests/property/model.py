@@ -6,7 +6,18 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import (
+    KVM_EXIT_SHUTDOWN,
+    PAYLOAD_PENDING,
+    RESTORED_STATE,
+    SAVED_STATE,
+    STATE_BITS,
+    VALID_TRIPLE_FAULT,
+    End,
+    Flag,
+    Kind,
+    Site,
+)
 from tests.property.oracle import Event
 from tracer.loss import Loss, VcpuLoss
 
@@ -37,10 +48,19 @@ class Guest:
     cap: bool = False
     nested: bool = False
     exited: bool = False
+    state: int = 0  # what user space has read of it since it ran
+    still: bool = False
 
     @property
     def flags(self) -> int:
-        return Flag.CREATED * self.created | Flag.CAP * self.cap | Flag.NESTED * self.nested
+        saved = Flag.READ * (self.state & SAVED_STATE == SAVED_STATE)
+        return (
+            Flag.CREATED * self.created
+            | Flag.CAP * self.cap
+            | Flag.NESTED * self.nested
+            | saved
+            | Flag.STILL * self.still
+        )
 
 
 @dataclass
@@ -98,7 +118,7 @@ class Machine:
         self.now += 1
         self.numbers += 1
         vm = 1 + choice % 3
-        guest = Guest(self.numbers, vm, 100 + vm % 2, created, cap=bool(choice & 4))
+        guest = Guest(self.numbers, vm, 100 + vm % 2, created, cap=bool(choice & 4), still=not created)
         if not created:
             guest.word = (TRIPLE_FAULT if choice & 8 else 0) | (NMI if choice & 16 else 0) | OTHER
             guest.word |= HV_CRASH if choice & 64 else 0
@@ -117,11 +137,14 @@ class Machine:
         else:
             (
                 self.run, self.run, self.run, self.ioctl, self.ioctl, self.restore, self.save, self.save, self.reset,
-                self.end, self.exit, self.quiet, self.kick, self.kick, self.request_all,
-            )[(what - 2) % 15](alive[who % len(alive)], choice)  # fmt: skip
+                self.end, self.exit, self.quiet, self.kick, self.kick, self.request_all, self.look, self.look,
+                self.write,
+            )[(what - 2) % 18](alive[who % len(alive)], choice)  # fmt: skip
 
     def run(self, guest: Guest, choice: int) -> None:
-        self.boundary(guest, Kind.RUN_ENTER, KVM_RUN, always=False)
+        self.boundary(guest, Kind.RUN_ENTER, KVM_RUN, always=False, pending=bool(guest.flags & Flag.READ))
+        if choice & 17:
+            guest.state, guest.still = 0, False
         if choice & 1 and not guest.word & TRIPLE_FAULT:
             guest.word |= TRIPLE_FAULT
             if choice & 2:
@@ -211,7 +234,27 @@ class Machine:
         self.boundary(guest, Kind.RESTORE, SET_EVENTS | EIO * failed, detail)
 
     def save(self, guest: Guest, choice: int) -> None:
-        self.boundary(guest, Kind.SAVE, GET_EVENTS | EIO * (choice & 7 == 7), self.payload(guest))
+        if choice & 8:
+            self.look(guest, choice)
+        failed = choice & 7 == 7
+        self.boundary(guest, Kind.SAVE, GET_EVENTS | EIO * failed, self.payload(guest))
+        if not failed:
+            self.has_read(guest, STATE_BITS["events"])
+        if choice & 48 == 48:
+            self.look(guest, choice)
+
+    def look(self, guest: Guest, choice: int) -> None:
+        """Read registers: some of them, or all that a copy takes."""
+        self.has_read(guest, SAVED_STATE if choice & 3 else STATE_BITS[list(STATE_BITS)[choice % 5]])
+
+    def has_read(self, guest: Guest, state: int) -> None:
+        known, guest.state = guest.state, guest.state | state
+        if guest.state != known and guest.state & SAVED_STATE == SAVED_STATE:
+            self.boundary(guest, Kind.READ, 7, guest.state)
+
+    def write(self, guest: Guest, choice: int) -> None:
+        guest.state = 0
+        self.boundary(guest, Kind.WRITTEN, choice, RESTORED_STATE)
 
     def reset(self, guest: Guest, choice: int) -> None:
         self.boundary(guest, Kind.RESET, SET_REGS * (choice & 1))

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from probes.requests import STATE, STATELESS
-from probes.schema import FIELDS, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Flag, Kind, Site
+from probes.schema import (
+    FIELDS,
+    KVM_EXIT_SHUTDOWN,
+    PAYLOAD_PENDING,
+    STATE_BITS,
+    VALID_TRIPLE_FAULT,
+    Flag,
+    Kind,
+    Site,
+)
 from tracer.loss import Loss
 
 Row: TypeAlias = dict[str, Any]
@@ -83,6 +92,9 @@ class Pending:
     saves: int = 0
     blind_saves: int = 0
     last_save: str = ""
+    born: int = 0  # the event of the pause with which it was raised
+    unseen_run: bool = False  # raised before the vCPU ran for the first time since tracing began
+    set_in_pause: bool = False
     nested: bool = False
     reset: bool = False
     set_since_reset: bool = False
@@ -120,6 +132,7 @@ class Vcpu:
     cut: bool = False
     kind: int = 0
     pending: dict[int, Pending] = field(default_factory=dict)
+    log: list[Event] = field(default_factory=list)  # its events since user space last read it and it ran
     kicks: list[Kick] = field(default_factory=list)  # since its last own event
     asked: set[int] = field(default_factory=set)  # requests made of the whole VM since then
 
@@ -191,7 +204,7 @@ class Oracle:
             for request in vcpu.pending.values():
                 request.proved = False
         for bit in list(vcpu.pending):
-            self.end_with_vcpu(vcpu, bit, vcpu.last_ns, event.time_ns)
+            self.end_with_vcpu(vcpu, bit, vcpu.last_ns, event.time_ns, vcpu.kind != Kind.RUN_ENTER)
         del self.vcpus[vcpu.number]
 
     def take(self, event: Event) -> None:
@@ -207,6 +220,9 @@ class Oracle:
         if event.kind == Kind.VCPU_NEW and (missing or not first):
             # It comes late: what it says was so before it, and nobody saw since when.
             event = replace(event, before=event.requests, since_ns=event.time_ns)
+        if _complete(vcpu.log) and not event.flags & Flag.READ:
+            self.pause_ends(vcpu)
+        vcpu.log.append(event)
         for bit in self.names:
             self.transition(vcpu, bit, event, missing != 0 or vcpu.cut)
         if event.kind == Kind.RUN_EXIT and event.arg == KVM_EXIT_SHUTDOWN:
@@ -229,19 +245,41 @@ class Oracle:
         if event.kind == Kind.VCPU_END:
             del self.vcpus[event.vcpu]
 
+    def pause_ends(self, vcpu: Vcpu) -> None:
+        """It has run since it was read, or was given another state."""
+        for bit, request in vcpu.pending.items():
+            self.saved(vcpu, bit, ended=False)
+            request.born = 0
+        vcpu.log = []
+
+    def saved(self, vcpu: Vcpu, bit: int, *, ended: bool, over: bool = True, until: int | None = None) -> None:
+        """Count the saves of this pause, if ``over``; ``ended``: with its vCPU, which was not about to run."""
+        request, name = vcpu.pending[bit], self.names[bit]
+        if name in STATELESS:
+            return
+        carried_by = STATE[name].carried_by if name in STATE else "unknown"
+        for outcome in _saves(carried_by, bit, vcpu.log[:until], request.born, ended, over):
+            request.saves += outcome == "carried"
+            request.blind_saves += outcome == "blind"
+            request.last_save = outcome
+
     def transition(self, vcpu: Vcpu, bit: int, event: Event, hole: bool) -> None:
         known, before, now = (bool(word >> bit & 1) for word in (vcpu.word, event.before, event.requests))
         if known and hole:
             vcpu.pending[bit].proved = False
         if known and not before:
+            self.saved(vcpu, bit, ended=False, until=-1)
             self.end(vcpu, bit, "undecided", vcpu.last_ns, event.since_ns, why=True)
         if not known and before:
-            vcpu.pending[bit] = Pending("unknown", vcpu.last_ns, event.since_ns, proved=False)
+            vcpu.pending[bit] = Pending("unknown", vcpu.last_ns, event.since_ns, proved=False, born=len(vcpu.log) - 1)
+            vcpu.pending[bit].unseen_run = bool(event.flags & Flag.STILL)
         if not before and now:
             attached = event.kind == Kind.VCPU_NEW and not event.flags & Flag.CREATED
             vcpu.pending[bit] = Pending(
                 "unknown" if attached else _raiser(bit, event), 0 if attached else event.since_ns, event.time_ns
             )
+            vcpu.pending[bit].born = len(vcpu.log) - 1
+            vcpu.pending[bit].unseen_run = bool(event.flags & Flag.STILL)
             if not attached:
                 contiguous = not hole and event.since_ns == vcpu.last_ns
                 self.raised(vcpu, bit, event, contiguous, known)
@@ -250,18 +288,17 @@ class Oracle:
         request = vcpu.pending[bit]
         request.nested |= bool(event.flags & Flag.NESTED)
         if not now:
+            self.saved(vcpu, bit, ended=False, until=-1)
             end, why = _end(bit, event, request.nested)
             self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why, entered=event.kind == Kind.GUEST_ENTRY)
             return
         if event.kind == Kind.RUN_EXIT:
             request.exits += 1
-        if self.names[bit] not in STATELESS:
-            state = STATE.get(self.names[bit])
-            _saved(state.carried_by if state else "unknown", request, event, before)
+        request.unseen_run &= bool(event.flags & Flag.STILL)
         if bit == 10:
             _payloads(request, event, before)
         if event.kind == Kind.VCPU_END:
-            self.end_with_vcpu(vcpu, bit, event.since_ns, event.time_ns)
+            self.end_with_vcpu(vcpu, bit, event.since_ns, event.time_ns, vcpu.kind != Kind.RUN_ENTER)
 
     def raised(self, vcpu: Vcpu, bit: int, event: Event, contiguous: bool, known: bool) -> None:
         request = vcpu.pending[bit]
@@ -282,11 +319,12 @@ class Oracle:
             request.raised_by = "remote"
         _kicked(request, kicks)
 
-    def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int) -> None:
+    def end_with_vcpu(self, vcpu: Vcpu, bit: int, after_ns: int, time_ns: int, idle: bool) -> None:
         request = vcpu.pending[bit]
+        self.saved(vcpu, bit, ended=idle)
         end = {"": "abandoned", "carried": "handed_over", "blind": "lost", "meanwhile": "undecided"}[request.last_save]
         stateful = self.names[bit] in STATE
-        older = stateful and end == "abandoned" and request.raised_by == "unknown"
+        older = stateful and end == "abandoned" and (request.raised_by == "unknown" or request.unseen_run)
         unknown = (self.blind and self.names[bit] not in STATELESS) or older or end == "undecided"
         self.end(vcpu, bit, "undecided" if unknown else end, after_ns, time_ns, why=unknown)
 
@@ -313,6 +351,7 @@ class Oracle:
                 "userspace_exits": request.exits,
                 "saves": request.saves,
                 "blind_saves": request.blind_saves,
+                "copies_without": request.blind_saves > 0,
                 "nested": request.nested,
                 "stale": end == "delivered" and request.reset and not request.set_since_reset and not by_restore,
                 "exposed": end == "open" and request.last_save == "blind",
@@ -330,6 +369,7 @@ class Oracle:
         for vcpu in self.vcpus.values():
             unsure = self.lost(vcpu.number) > vcpu.gaps or 0 in self.loss.vcpus or self.loss.blind > 0
             for bit in list(vcpu.pending):
+                self.saved(vcpu, bit, ended=False, over=False)
                 self.end(vcpu, bit, "undecided" if unsure else "open", vcpu.last_ns, -1, why=unsure)
         self.vcpus.clear()
 
@@ -365,23 +405,46 @@ def _place(event: Event, last_kind: int | None) -> str:
     return "unknown"
 
 
-def _saved(carried_by: str, request: Pending, event: Event, before: bool) -> None:
+def _complete(log: list[Event]) -> bool:
+    return any(event.kind == Kind.READ or event.flags & Flag.READ for event in log)
+
+
+def _outcome(carried_by: str, bit: int, event: Event) -> str:
+    """What KVM_GET_VCPU_EVENTS gave of a request that was pending by then; empty: that says nothing."""
     if event.kind != Kind.SAVE or not event.succeeded:
-        return
+        return ""
     if event.flags & Flag.SYNC and carried_by in ("nothing", "unknown"):
-        return
+        return ""
     if carried_by == "vcpu_events_flag":
-        carried = bool(event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING)
-    elif not before or carried_by == "unknown":
-        request.last_save = "meanwhile"
-        return
-    else:
-        carried = carried_by == "vcpu_events"
-    if carried:
-        request.saves += 1
-    else:
-        request.blind_saves += 1
-    request.last_save = "carried" if carried else "blind"
+        return "carried" if event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING else "blind"
+    if carried_by == "unknown" or not event.before >> bit & 1:
+        return "meanwhile"
+    return "carried" if carried_by == "vcpu_events" else "blind"
+
+
+def _saves(carried_by: str, bit: int, log: list[Event], born: int, ended: bool, over: bool) -> list[str]:
+    """What each save of a pause did to a request that was raised with event ``born`` of it."""
+    own = log[born:]
+    missing = "meanwhile" if carried_by == "unknown" else "blind"
+    saves = [
+        _outcome(carried_by, bit, event) for event in own if event.flags & Flag.READ and not event.flags & Flag.SYNC
+    ]
+    saves = [outcome for outcome in saves if outcome]
+    first = next((place for place, event in enumerate(log) if _complete([event])), None)
+    if first is None:
+        return []
+    if first < born or log[first].kind != Kind.READ or not log[first].requests >> bit & 1:
+        late = first < born or (first == born and bool(log[first].flags & Flag.READ))
+        return saves or [missing] * (ended and late)
+    by_then = log[born:first]
+    looks = [_outcome(carried_by, bit, event) for event in by_then if not event.flags & (Flag.SYNC | Flag.READ)]
+    looks = [outcome for outcome in looks if outcome][-1:]
+    run = max((place for place, event in enumerate(by_then) if event.kind == Kind.RUN_EXIT), default=-1)
+    sync = [_outcome(carried_by, bit, event) for event in by_then[run + 1 :] if event.flags & Flag.SYNC]
+    sync = [outcome for outcome in sync if outcome][-1:]
+    if log[first].detail & STATE_BITS["events"]:
+        return looks + saves if looks or saves else [missing] * ended
+    return sync + saves if sync or saves else [missing] * over
 
 
 def _payloads(request: Pending, event: Event, before: bool) -> None:
@@ -389,11 +452,16 @@ def _payloads(request: Pending, event: Event, before: bool) -> None:
     pending = bool(event.detail & PAYLOAD_PENDING)
     if event.kind == Kind.RESET and before:
         request.reset, request.set_since_reset = True, False
+    if event.kind == Kind.WRITTEN and before:
+        request.reset, request.set_since_reset = True, request.set_in_pause
+    if event.kind == Kind.RUN_EXIT and before:
+        request.set_in_pause = False
     if event.kind == Kind.RESTORE and event.succeeded and before:
         if not valid:
             request.restored_without = True
-        elif pending and request.reset:
-            request.set_since_reset = True
+        elif pending:
+            request.set_in_pause = True
+            request.set_since_reset |= request.reset
 
 
 def _raiser(bit: int, event: Event) -> str:

@@ -24,7 +24,7 @@ Stream: TypeAlias = list[Event | None]
 THOROUGH = settings(
     max_examples=examples(200), deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
 )  # fmt: skip
-STEPS = st.lists(st.tuples(st.integers(0, 31), st.integers(0, 7), st.integers(0, 255)), max_size=60)
+STEPS = st.lists(st.tuples(st.integers(0, 37), st.integers(0, 7), st.integers(0, 255)), max_size=60)
 FULL = st.sets(st.integers(1, 150), max_size=40)
 CUTS = st.lists(st.integers(0, 200), max_size=12)
 DECIDED = ("delivered", "reflected", "serviced", "cleared", "handed_over", "lost", "abandoned")

@@ -53,7 +53,7 @@ class Tape:
         return self.add(Kind.IOCTL_EXIT, TF, SET_MCE)
 
     def saved(self, detail: int, error: int = 0) -> Tape:
-        return self.add(Kind.SAVE, None, GET_EVENTS | error, detail)
+        return self.add(Kind.SAVE, None, GET_EVENTS | error, detail, flags=Flag.READ)
 
     def restored(self, word: int, detail: int) -> Tape:
         return self.add(Kind.RESTORE, word, SET_EVENTS, detail)
@@ -99,7 +99,8 @@ def test_delivered() -> None:
     assert tape.one() == {
         "vm": 7, "pid": 100, "vcpu": 4, "vcpu_number": 1, "request": "triple_fault", "raised_by": "set_mce",
         "raised_after_ns": 10, "raised_ns": 20, "end": "delivered", "ended_after_ns": 30, "ended_ns": 40,
-        "userspace_exits": 1, "saves": 0, "blind_saves": 0, "nested": False, "stale": False, "exposed": False,
+        "userspace_exits": 1, "saves": 0, "blind_saves": 0, "copies_without": False,
+        "nested": False, "stale": False, "exposed": False,
         "why": "", "raised_in": "ioctl", "requester_tid": 0, "requester_cpu": 0, "kicked_ns": -1,
         "left_guest_ns": -1, "reentered_ns": -1,
     }  # fmt: skip
@@ -457,7 +458,7 @@ def test_a_kick_for_something_else_raises_nothing() -> None:
 def ended_with(name: str, *events: dict[str, int]) -> tuple[str, int, int]:
     """Return how request 20 ended under that name, and its saves and blind saves."""
     rows, word, since = [], 0, 0
-    stream = (BEGIN, *events, {"time_ns": 90, "kind": Kind.VCPU_END})
+    stream = (BEGIN, *events, {"time_ns": 90, "kind": Kind.VCPU_END, "flags": events[-1].get("flags", 0)})
     for number, given in enumerate(stream, start=1):
         event = {"vcpu": 1, "pid": 100, "seq": number, "before": word, "since_ns": since, "requests": word, **given}
         word, since = event["requests"], event["time_ns"]
@@ -467,7 +468,8 @@ def ended_with(name: str, *events: dict[str, int]) -> tuple[str, int, int]:
 
 
 RAISED = {"time_ns": 20, "kind": Kind.IOCTL_EXIT, "arg": 0xAEB7, "requests": 1 << 20}
-SAVED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F}
+SAVED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F, "flags": Flag.READ}
+LOOK = {**SAVED, "flags": 0}
 FAILED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F | (2**32 - 14) << 32}
 
 
@@ -479,7 +481,17 @@ FAILED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F | (2**32 - 14) << 
         ("smi", (RAISED, {**SAVED, "requests": 0}), ("serviced", 0, 0)),
         ("smi", (RAISED, FAILED), ("abandoned", 0, 0)),
         ("smi", (RAISED,), ("abandoned", 0, 0)),
-        ("smi", (SAVED, {**RAISED, "time_ns": 40}), ("abandoned", 0, 0)),
+        ("smi", (RAISED, LOOK), ("abandoned", 0, 0)),
+        ("smi", (LOOK, {**RAISED, "time_ns": 40}), ("abandoned", 0, 0)),
+        (
+            "smi",
+            (
+                SAVED,
+                {**RAISED, "time_ns": 40, "flags": Flag.READ},
+                {"time_ns": 80, "kind": Kind.IOCTL_EXIT, "flags": Flag.READ},
+            ),
+            ("lost", 0, 1),
+        ),
         ("hv_crash", ({**SAVED, "requests": 1 << 20},), ("undecided", 0, 0)),
         ("tlb_flush", (RAISED, SAVED), ("abandoned", 0, 0)),
         ("bit_20", (RAISED,), ("abandoned", 0, 0)),

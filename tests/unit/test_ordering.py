@@ -377,9 +377,9 @@ def lifecycle(**changes: Any) -> pd.DataFrame:
     row = {
         "vm": 1, "pid": 50, "vcpu": 0, "vcpu_number": 1, "request": "nmi", "raised_by": "remote",
         "raised_after_ns": 1000, "raised_ns": 2000, "end": "serviced", "ended_after_ns": 2000 + 2 * LATE_NS,
-        "ended_ns": 3000 + 2 * LATE_NS, "userspace_exits": 0, "saves": 0, "blind_saves": 0, "nested": False,
-        "stale": False, "exposed": False, "why": "", "raised_in": "kernel", "requester_tid": 0, "requester_cpu": -1,
-        "kicked_ns": -1, "left_guest_ns": -1, "reentered_ns": -1, **changes,
+        "ended_ns": 3000 + 2 * LATE_NS, "userspace_exits": 0, "saves": 0, "blind_saves": 0, "copies_without": False,
+        "nested": False, "stale": False, "exposed": False, "why": "", "raised_in": "kernel", "requester_tid": 0,
+        "requester_cpu": -1, "kicked_ns": -1, "left_guest_ns": -1, "reentered_ns": -1, **changes,
     }  # fmt: skip
     return pd.DataFrame(
         {name: pd.Series([row[name]], dtype="object" if dtype == "str" else dtype) for name, dtype in LIFECYCLE.items()}

@@ -46,7 +46,7 @@ LOST: list[Step] = [
     (Kind.IOCTL_ENTER, {"arg": MCE}),
     (Kind.IOCTL_EXIT, {"arg": MCE, "requests": TF}),
     (Kind.IOCTL_ENTER, {"arg": GET_EVENTS, "requests": TF}),
-    (Kind.SAVE, {"arg": GET_EVENTS, "requests": TF}),
+    (Kind.SAVE, {"arg": GET_EVENTS, "requests": TF, "flags": Flag.CREATED | Flag.READ}),
     (Kind.VCPU_END, {"arg": End.CLOSED, "requests": TF}),
 ]
 

@@ -30,6 +30,7 @@ from matplotlib.patches import Rectangle
 from analysis.latency import bounds
 from analysis.ordering import Ordered, Ordering
 from analysis.promises import RULES
+from analysis.saves import Saves
 from analysis.words import PLACES
 from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
@@ -69,6 +70,7 @@ LIFECYCLE = {
     "userspace_exits": "int64",
     "saves": "int64",
     "blind_saves": "int64",
+    "copies_without": "bool",
     "nested": "bool",
     "stale": "bool",
     "exposed": "bool",
@@ -160,6 +162,16 @@ class Judged:
     clean: bool = True
     meta: Mapping[str, Any] = field(default_factory=lambda: META)
     ordering: Ordered = field(default_factory=Ordering({}, {}, (), "boundary").finish)
+    saves: pd.DataFrame = field(default_factory=lambda: Saves({}).tables()[0])
+    restores: pd.DataFrame = field(default_factory=lambda: Saves({}).tables()[1])
+
+    @property
+    def copies_without(self) -> int:
+        return int(self.lifecycles["copies_without"].sum())
+
+    @property
+    def dropped(self) -> int:
+        return int(self.restores["ran"].sum())
 
 
 def frame(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -186,6 +198,7 @@ def lifecycle(vm: int = 1, end: str = "delivered", **values: Any) -> dict[str, A
         "userspace_exits": 1,
         "saves": 0,
         "blind_saves": 0,
+        "copies_without": values.get("blind_saves", 0) > 0,
         "nested": False,
         "stale": False,
         "exposed": False,
