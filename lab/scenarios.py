@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lab import copies, faults, requests
+from lab import faults, requests, saves
 from lab.stage import DECLARED, Scenario
 
-_PLAYED = (faults, requests, copies)  # what is imported for what it declares
+_PLAYED = (faults, requests, saves)  # what is imported for what it declares
 
 SCENARIOS: Mapping[str, Scenario] = DECLARED

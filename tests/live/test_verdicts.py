@@ -91,7 +91,9 @@ def test_nothing_is_lost_meanwhile(traced: Traced) -> None:
     document, runs = traced
     nothing_lost(document)
     ends = [row["end"] for row in document["lifecycles"]]
-    assert document["summary"] == {end: ends.count(end) for end in dict.fromkeys(ends)}
+    copies_without = sum(row["copies_without"] for row in document["lifecycles"])
+    counts: dict[str, int] = {end: ends.count(end) for end in dict.fromkeys(ends)}
+    assert document["summary"] == {**counts, "copies_without": copies_without}
     told = tells(document["recording"]["plan"])
     watched = document["recording"]["requests"]
     assert sum(len(run.truth(told).of_requests(watched).lifecycles) for run in runs.values()) <= len(ends)
