@@ -141,7 +141,7 @@ def rolled_back(stage: Stage) -> None:
     with stage.guest() as vcpu:
         start_protected(vcpu)
         registers = Registers.of(vcpu)
-        registers.regs.rax += 1
+        run_until(vcpu, Exit.KVM_EXIT_IO)
         raise_by_mce(vcpu)
         registers.put(vcpu)
         shut_down(vcpu)

@@ -18,6 +18,8 @@ _FIELDS = (
     ("vcpu_id", "kvm_vcpu.vcpu_id", False),
     ("run", "kvm_vcpu.run", False),
     ("cr0", "kvm_vcpu.arch.cr0", False),
+    # As the programs read it, see probes/program.py.
+    ("exits", "kvm_vcpu.stat.exits", False),
     ("private_data", "file.private_data", False),
     ("valid_regs", "kvm_run.kvm_valid_regs", False),
     ("sync_events", "kvm_run.s.regs.events", False),
@@ -106,12 +108,13 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
         return [
             *_vcpu(at, "%di"),
             f"cr0=+{at['cr0']}(%di):x64",
+            f"exits=+{at['exits']}(%di):u64",
             f"valid_regs=+{at['valid_regs']}({run}):x64",
             f"flags=+{sync + _EVENTS_FLAGS}({run}):u32",
             f"pending=+{sync + _EVENTS_PENDING}({run}):u8",
         ]
     if program in ("vcpu_create", "vcpu_destroy"):
-        return _known(at, "%di")
+        return [*_known(at, "%di"), f"exits=+{at['exits']}(%di):u64"]
     if program in ("vcpu_reset", "get_events"):
         return _vcpu(at, "%di")
     if program == "set_events":

@@ -13,7 +13,20 @@ from typing import Any, NamedTuple
 
 from probes.fetch import EXCEPTING, MASKED, PRESERVED, called
 from probes.requests import TRIPLE_FAULT
-from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import (
+    KVM_EXIT_SHUTDOWN,
+    PAYLOAD_FLAGS,
+    PAYLOAD_PENDING,
+    RESTORED_STATE,
+    SAVED_STATE,
+    STATE_BITS,
+    STATES,
+    VALID_TRIPLE_FAULT,
+    End,
+    Flag,
+    Kind,
+    Site,
+)
 from tracer.loss import VcpuLoss
 
 # ioctls of a vCPU (uapi linux/kvm.h).
@@ -40,6 +53,8 @@ _GENERIC = frozenset(
 KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 _KVM_SYNC_X86_EVENTS = 4
 _X86_CR0_PE = 1
+_READS = {number: 1 << bit for bit, state in enumerate(STATES) for number in state.reads}
+_WRITES = {number: 1 << bit for bit, state in enumerate(STATES) for number in state.writes}
 _ALWAYS = _ALL = (1 << 64) - 1
 _BIT = 1 << TRIPLE_FAULT
 _MASK_BITS = 64
@@ -66,6 +81,20 @@ class _Vcpu:
     last_ns: int = 0
     word: int = 0
     seq: int = 0
+    exits: int | None = None  # how often it had left the guest, as it was last read
+    still: bool = False  # Flag.STILL
+    refused: bool = False  # a restore of it failed, and it has not run since
+    read: int = 0  # what user space has read of it, and
+    written: int = 0  # written, since it last ran
+
+    def counted(self, exits: int) -> bool:
+        """Take how often it has left the guest; return whether it has run since it was last asked."""
+        ran = self.exits is not None and exits != self.exits
+        self.exits = exits
+        if ran:
+            self.read = self.written = 0
+            self.still = False
+        return ran
 
 
 @dataclass(slots=True)
@@ -87,6 +116,7 @@ class _Inside:
     reading: _Reading | None = None  # where it was about to return
     begun: _Reading | None = None  # where KVM_{GET,SET}_VCPU_EVENTS began
     payload: int | None = None  # what KVM_SET_VCPU_EVENTS was given, or KVM_GET_VCPU_EVENTS gave
+    ran: bool = False  # the guest was entered
     sync: tuple[int, int] = (0, 0)  # kvm_run's valid registers, and the events that it holds
 
 
@@ -203,7 +233,9 @@ class Vcpus:
 
     @staticmethod
     def _live(state: _Vcpu, reading: _Reading) -> int:
-        return state.flags | (Flag.CAP if reading.cap else 0) | (Flag.NESTED if reading.nested else 0)
+        flags = state.flags | (Flag.CAP if reading.cap else 0) | (Flag.NESTED if reading.nested else 0)
+        saved = state.read & SAVED_STATE == SAVED_STATE
+        return flags | (Flag.READ if saved else 0) | (Flag.STILL if state.still else 0)
 
     def _whole_vm(self, time_ns: int, pid: int, what: tuple[int, int, int], who: tuple[int, int]) -> None:
         self.events.append((time_ns, 0, 0, 0, what[1], 0, 0, pid, who[0], what[2], who[1], what[0], 0))
@@ -236,6 +268,7 @@ class Vcpus:
         flags |= Flag.CAP_EXISTS if self.cap_exists else 0
         number = self._number()
         state = _Vcpu(number, self._vm(record.kvm, pid), record.vcpu_id, pid, flags)
+        state.exits, state.still = getattr(record, "exits", None), not flags & Flag.CREATED
         self._vcpus[record.vcpu] = state
         what = Kind.VCPU_NEW, state.vcpu_id, state.vm
         self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), _ALWAYS)
@@ -253,6 +286,7 @@ class Vcpus:
     def _destroy(self, record: Any, time_ns: int, cpu: int) -> None:
         state = self._vcpus.get(record.vcpu) or self._begin(record, time_ns, cpu)
         if state is not None:
+            state.counted(record.exits)
             what = Kind.VCPU_END, End.DESTROYED, 0
             self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), _ALWAYS)
             del self._vcpus[record.vcpu]
@@ -296,20 +330,23 @@ class Vcpus:
         cmd = record.cmd
         self._threads[record.common_pid] = _Inside(record.vcpu, cmd)
         what = Kind.RUN_ENTER if cmd == KVM_RUN else Kind.IOCTL_ENTER, cmd, 0
-        self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu))
+        # What was raised since it was saved is not left out by that once it runs.
+        send_if = self.watched if cmd == KVM_RUN and state.read & SAVED_STATE == SAVED_STATE else 0
+        self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), send_if)
 
     def _put(self, record: Any, time_ns: int, cpu: int) -> None:
         """An ioctl of a vCPU is about to return: what it returns with is told where that is known."""
         if record.common_pid in self._guests:
             self._look(record, time_ns, cpu)
-        inside = self._threads.get(record.common_pid)
+        inside, state = self._threads.get(record.common_pid), self._vcpus.get(record.vcpu)
+        ran = state is not None and state.counted(record.exits)
         if inside is None or inside.vcpu != record.vcpu:
             return  # inside when tracing began, or KVM's own use of a vCPU, such as its creation
         inside.reading = self._reading(record, time_ns)
         if inside.cmd == KVM_RUN:
+            inside.ran = ran
             inside.sync = record.valid_regs, _payload(record.flags, record.pending)
             return
-        state = self._vcpus.get(inside.vcpu)
         if state is None:
             return
         who = record.common_pid, cpu
@@ -319,6 +356,26 @@ class Vcpus:
         if inside.cmd in _GENERIC:
             del self._threads[record.common_pid]
             self._boundary(state, inside.reading, (Kind.IOCTL_EXIT, inside.cmd, 0), who, self.watched)
+            self._passed(state, inside, 0, who)
+
+    def _passed(self, state: _Vcpu, inside: _Inside, result: int, who: tuple[int, int]) -> None:
+        """User space has read or written a part of a vCPU's state. Registers have no fingerprint here.
+
+        So whether those that were read are put back, or others written, is not told: it is taken for the former.
+        """
+        number, reading = inside.cmd & 0xFF, inside.reading or inside.begun
+        if inside.cmd == KVM_SET_VCPU_EVENTS and result < 0:
+            state.refused = True
+        read, written = _READS.get(number, 0), _WRITES.get(number, 0)
+        if reading is None or result < 0 or ((read | written) == STATE_BITS["msrs"] and not result):
+            return
+        known, state.read, state.written = state.read, state.read | read, state.written | written
+        saved = state.read & SAVED_STATE == SAVED_STATE
+        if read and state.read != known and saved:
+            self._boundary(state, reading, (Kind.READ, 0, state.read), who, _ALWAYS)
+        if written & SAVED_STATE and state.written & RESTORED_STATE == RESTORED_STATE and not saved:
+            state.read = 0
+            self._boundary(state, reading, (Kind.WRITTEN, 0, state.written), who, _ALWAYS)
 
     def _ioctl_end(self, record: Any, time_ns: int, cpu: int) -> None:
         inside = self._threads.get(record.common_pid)
@@ -335,8 +392,9 @@ class Vcpus:
             detail = inside.payload if inside.payload is not None else self._by_rule(inside.begun or reading)
         elif inside.cmd == KVM_SET_VCPU_EVENTS and inside.payload is not None:
             kind, send_if, detail = Kind.RESTORE, _ALWAYS, inside.payload
-        what = kind, inside.cmd | _errno(record.ret), detail
-        self._boundary(state, reading, what, (record.common_pid, cpu), send_if)
+        what, who = (kind, inside.cmd | _errno(record.ret), detail), (record.common_pid, cpu)
+        self._boundary(state, reading, what, who, send_if)
+        self._passed(state, inside, record.ret, who)
 
     @staticmethod
     def _by_rule(reading: _Reading) -> int:
@@ -392,7 +450,11 @@ class Vcpus:
         error = record.errno
         send_if = _ALWAYS if record.reason == KVM_EXIT_SHUTDOWN and not error else self.watched
         who = record.common_pid, cpu
-        self._boundary(state, inside.reading, (Kind.RUN_EXIT, record.reason | _errno(error), 0), who, send_if)
+        restored = state.refused and inside.ran
+        if restored:
+            state.refused, send_if = False, _ALWAYS
+        what = Kind.RUN_EXIT, record.reason | _errno(error), int(restored)
+        self._boundary(state, inside.reading, what, who, send_if)
         valid, events = inside.sync
         if state.word & self.watched and valid & _KVM_SYNC_X86_EVENTS:
             # A VMM that has its registers in kvm_run gets the events with them: that is a save, too.

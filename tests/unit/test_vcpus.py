@@ -32,10 +32,12 @@ class Stream:
         self.now = 100
         self.word = 0
         self.cap = 0
+        self.exits = 5
 
     def __call__(self, program: str, tid: int = TID, **fields: Any) -> Stream:
         known = {"vcpu": VCPU, "kvm": KVM, "vcpu_id": 3, "owner": 1, "tgid": PID, "nested": 0, "common_pid": tid}
         known |= {"requests": self.word, "cap": self.cap, "cr0": 1, "valid_regs": 0, "flags": 0, "pending": 0}
+        known |= {"exits": self.exits}
         self.now += 1
         self.vcpus.takes[program](SimpleNamespace(**(known | fields)), self.now, 1)
         return self
@@ -47,8 +49,13 @@ class Stream:
 
     def run(self, reason: int, *, leaves: int | None = None, errno: int = 0, **put: Any) -> Stream:
         self("vcpu_ioctl", cmd=KVM_RUN)
+        self.exits += not errno
         self.word = self.word if leaves is None else leaves
         return self("vcpu_put", **put)("kvm_userspace_exit", reason=reason, errno=errno)
+
+    def register(self, cmd: int) -> Stream:
+        """Let an ioctl pass that kvm_vcpu_ioctl() handles itself."""
+        return self("vcpu_ioctl", cmd=cmd)("vcpu_put")
 
     @property
     def events(self) -> Any:
@@ -352,3 +359,47 @@ def test_a_thread_that_ends_takes_along_what_it_was_in_the_middle_of() -> None:
     stream("kvm_entry")
     request(stream, "request_end", ALL, tid=TID)
     assert stream.events["kind"].tolist()[2:] == [Kind.REQUEST_ALL]
+
+
+# --- what user space reads and writes -------------------------------------------------------------------------------
+
+GET_REGS, SET_REGS, GET_SREGS, GET_MSRS, EINTR = 0x8090AE81, 0x4090AE82, 0x8138AE83, 0xC008AE88, -4
+
+
+def read(stream: Stream, msrs: int = 1) -> Stream:
+    return stream.register(GET_REGS).register(GET_SREGS).ioctl(GET_MSRS, ret=msrs)
+
+
+def told(stream: Stream) -> list[tuple[Kind, bool]]:
+    """Return what was told of copies, and whether the vCPU had been saved by then."""
+    kinds = (Kind.SAVE, Kind.READ, Kind.WRITTEN)
+    return [(Kind(one["kind"]), bool(one["flags"] & Flag.READ)) for one in stream.events if one["kind"] in kinds]
+
+
+def test_registers_that_are_read_make_a_save_until_the_vcpu_runs() -> None:
+    stream = read(Stream()("vcpu_create")).run(5, errno=EINTR).ioctl(KVM_GET_VCPU_EVENTS)
+    assert told(stream) == [(Kind.READ, True), (Kind.SAVE, True), (Kind.READ, True)]
+    assert [int(one["detail"]) for one in stream.events if one["kind"] == Kind.READ] == [0b0111, 0b1111]
+    assert told(stream.run(2).ioctl(KVM_GET_VCPU_EVENTS))[3:] == [(Kind.SAVE, False)]
+
+
+@pytest.mark.parametrize("msrs", [0, -14])
+def test_a_part_of_the_registers_is_no_save(msrs: int) -> None:
+    assert told(read(Stream()("vcpu_create"), msrs)) == []
+
+
+def test_a_save_that_fails_reads_nothing() -> None:
+    stream = read(Stream()("vcpu_create").ioctl(KVM_GET_VCPU_EVENTS, ret=-14))
+    assert [int(one["detail"]) for one in stream.events if one["kind"] == Kind.READ] == [0b0111]
+
+
+def test_registers_that_are_written_are_another_state_unless_they_were_read() -> None:
+    stream = Stream()("vcpu_create").register(SET_SREGS).register(SET_REGS)
+    assert told(stream) == [(Kind.WRITTEN, False)]
+    assert told(read(stream).register(SET_SREGS).register(SET_REGS))[1:] == [(Kind.READ, True)]
+
+
+def test_a_vcpu_that_has_not_run_since_tracing_began_is_still() -> None:
+    stream = Stream().ioctl(SET_MCE, leaves=TF).run(2).run(2)
+    flags = [bool(one["flags"] & Flag.STILL) for one in stream.events]
+    assert flags == [True, True, False, False]
