@@ -12,7 +12,7 @@ from analysis.compiled import compiled
 from analysis.events import CREATED, NESTED, SYNC, Array, Event, holds, low, succeeded
 from analysis.memory import Record
 from analysis.words import IOCTLS, SITES, By, Place, Source, Verdict, Why
-from probes.requests import STATE, STATELESS, TRIPLE_FAULT
+from probes.requests import STATE, TRIPLE_FAULT, stateless
 from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Kind, Site
 
 # What the last save did to a request.
@@ -28,7 +28,7 @@ def carrier(name: str) -> int:
     state = STATE.get(name)
     if state is not None:
         return _CARRIERS[state.carried_by]
-    return HARMLESS if name in STATELESS else UNNAMED
+    return HARMLESS if stateless(name) else UNNAMED
 
 
 # --- 1. It was pending --------------------------------------------------------------------------------------------

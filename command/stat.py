@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         Statistics(Only(arguments.pid, arguments.vm, arguments.vcpu), arguments.engine) as live,
         contextlib.ExitStack() as stack,
     ):
-        source = words.Source(
-            host.hostname(), host.release(), live.plan.engine, Clock(host.clock_pair()), live.name, live.requests
-        )
+        table = "" if live.names.exact else live.names.table
+        here = (host.hostname(), host.release(), live.plan.engine, Clock(host.clock_pair()))
+        source = words.Source(*here, live.name, live.names.by_bit, table)
         note(f"counting with the {live.plan.engine} engine{'' if command else ', until Ctrl-C'}")
         show = _printer(arguments.format, stack)
         child = start_command(command)

@@ -1,7 +1,8 @@
 """KVM's requests: which bit of ``vcpu->requests`` is which, on which kernel, and which of them a save must keep.
 
 The numbers are macros, so BTF does not hold them; the table comes from the kernels' sources. Most bits never moved:
-KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table. docs/requests.md tells of each request at length.
+KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table.
+docs/requests.md tells of each request at length.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class Names(NamedTuple):
 
     by_bit: Mapping[int, str]
     table: str  # the release whose table was taken
-    exact: bool  # whether that is the kernel's own release
+    exact: bool  # whether that is the kernel's own release, and no vendor's build of it
     flags: Mapping[str, frozenset[str]]  # name -> KVM_REQUEST_* without the prefix: NO_WAKEUP, WAIT, NO_ACTION
 
-    @property
-    def inexact(self) -> str:
-        """Say that the names may be wrong; empty if they are the kernel's own."""
-        return "" if self.exact else inexact(self.table)
+    def doubt(self, shown: Iterable[str]) -> str:
+        """Say which of the names that are shown may be wrong; empty if none may."""
+        return "" if self.exact else doubt(self.table, shown)
 
 
 class State(NamedTuple):
@@ -72,10 +72,16 @@ def _version(release: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
+# Releases whose KVM is the one of that number: upstream's own, and Debian's builds, which end in -amd64. Others build a
+# number with the KVM of a newer one (5.14.0-503.el9.x86_64), or with patches of their own (6.8.0-45-generic).
+_UPSTREAM = re.compile(r"\d+\.\d+(\.\d+)*(-rc\d+)?\+?|.*-amd64")
+
+
 def names(release: str) -> Names:
     """Return the requests of a kernel release such as ``6.1.0-25-amd64``.
 
-    A release that the table does not know gets the names of the newest one before it, and ``exact`` is false.
+    A release that the table does not know gets the names of the newest one before it. Then ``exact`` is false, as it is
+    for a vendor's build.
     """
     tables = _tables()
     wanted = _version(release)
@@ -83,7 +89,7 @@ def names(release: str) -> Names:
     return Names(
         by_bit=MappingProxyType({bit: name for bit, (name, _) in tables[known].items()}),
         table=f"{known[0]}.{known[1]}",
-        exact=known == wanted,
+        exact=known == wanted and _UPSTREAM.fullmatch(release) is not None,
         flags=MappingProxyType(dict(tables[known].values())),
     )
 
@@ -93,12 +99,47 @@ def bit_name(bit: int) -> str:
     return f"bit_{bit}"
 
 
-def inexact(table: str) -> str:
-    """Say what it means that a release has no table of its own."""
+def _called(bit: int) -> frozenset[str]:
+    """Return every name that a bit has in some release of the table."""
+    return frozenset(of[bit][0] for of in _tables().values() if bit in of)
+
+
+@cache
+def _moved() -> frozenset[str]:
+    """Return the names of bits that have not the same one in all releases that name them."""
+    return frozenset(name for bit in range(BITS) if len(_called(bit)) > 1 for name in _called(bit))
+
+
+# So many doubtful names are listed.
+_LISTED = 5
+
+
+def doubt(table: str, shown: Iterable[str]) -> str:
+    """Say which names may be wrong on a kernel that has no table of its own and got this one; empty if none may.
+
+    Between two releases of the table, or built from them, it can only differ where they do; what comes after the newest
+    one nobody knows, and goes by what never moved before.
+    """
+    may = (STATE.keys() | STATELESS.keys()) - {"triple_fault"} if _version(table) >= max(_tables()) else _moved()
+    doubtful = sorted(may.intersection(shown))
+    if not doubtful:
+        return ""
+    which = ", ".join(doubtful[:_LISTED]) + (f" and {len(doubtful) - _LISTED} more" if doubtful[_LISTED:] else "")
     return (
         f"the names of requests are those of Linux {table}, the nearest release known: "
-        "any but triple_fault may be another request on this kernel"
+        f"{which} may be {'others' if doubtful[1:] else 'another request'} on this kernel"
     )
+
+
+def stateless(name: str) -> bool:
+    """Whether nothing is lost with a request that is dropped with its vCPU.
+
+    A bit without a name on this kernel may be what it is on another one (Ubuntu's 6.8 and RHEL's 5.14 have requests of
+    newer releases at their bits): it counts if every name that it has anywhere does.
+    """
+    bit = re.fullmatch(r"bit_(\d+)", name)
+    called = _called(int(bit[1])) if bit else {name}
+    return bool(called) and called <= STATELESS.keys()
 
 
 def selected(wanted: Iterable[str], known: Names) -> dict[int, str]:
@@ -209,6 +250,8 @@ STATELESS: Mapping[str, str] = MappingProxyType(
         "tlb_flush": "a new vCPU has no TLB entries",
         "tlb_flush_current": "a new vCPU has no TLB entries",
         "tlb_flush_guest": "a new vCPU has no TLB entries",
+        # Not of a Xen guest whose vcpu_info page is not mapped: its event is in evtchn_pending_sel, which no ioctl
+        # reads (kvm_xen_set_evtchn_fast; read in 7.1). The word does not tell such a guest from others.
         "unblock": "only wakes the vCPU; what it wakes for is kept elsewhere",
         "unhalt": "lives within KVM_RUN only; what it woke for is kept elsewhere",
         "update_cpu_dirty_logging": "worked out anew from the settings of the VM",

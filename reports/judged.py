@@ -6,14 +6,14 @@ The rows that an operator must act on come first everywhere, so that a table cut
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis.verdicts import ENDS
-from probes.requests import BITS, STATE, bit_name, inexact
+from probes.requests import BITS, bit_name, doubt, stateless
 from reports.document import records
 from reports.words import Clock, clip, duration, guest, plural, shown
 
@@ -144,13 +144,19 @@ def where(judgement: Judgement) -> str:
     return f"Host {host}, Linux {kernel}, engine {engine}, from {began} UTC."
 
 
-def names_remark(judgement: Judgement) -> str:
-    """Say that requests may not be what they are called; empty where the kernel's own release names them."""
+def names_remark(judgement: Judgement, names: Iterable[str] | None = None) -> str:
+    """Say that requests may not be what they are called, of all those that were judged or of some ``names``.
+
+    Empty where none of them may be another one on the kernel that was recorded.
+    """
     meta = judgement.meta
     if meta.get("requests_table_exact", True):
         return ""
-    said = inexact(shown(str(meta["requests_table"])))
-    return f"{said[0].upper()}{said[1:]}."
+    if names is None:
+        tables = (judgement.lifecycles, judgement.ordering.breaks)
+        names = {str(name) for of in tables for name in of["request"].unique()}
+    said = doubt(shown(str(meta["requests_table"])), names)
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def requests_watched(names: Sequence[str]) -> str:
@@ -261,7 +267,9 @@ def dropped(lifecycles: pd.DataFrame) -> str:
 
 
 def _carries(lifecycles: pd.DataFrame) -> pd.Series[bool]:
-    return lifecycles["request"].isin(STATE)
+    """Return which of them stand for something that a save must keep, or may: a bit that has no name."""
+    names = (str(name) for name in lifecycles["request"].unique())
+    return lifecycles["request"].isin([name for name in names if not stateless(name)])
 
 
 # The place of each row in _RANKS.
@@ -342,7 +350,7 @@ def recording_facts(judgement: Judgement) -> Sequence[Fact]:
         Fact("engine", shown(engine)),
         Fact("detail", shown(str(meta["detail"]))),
         Fact("requests", requests_watched(meta["requests"])),
-        Fact("their names", names_remark(judgement)),
+        Fact("their names", names_remark(judgement, meta["requests"])),
         Fact("began", f"{clock.when(meta['started_ns'])} UTC"),
         Fact(
             "ended",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import stat as table
 from probes.exits import EVENTS, UNREADABLE, Kind, parse, reason
-from probes.requests import inexact
+from probes.requests import doubt
 from reports.stat_help import SCHEMA
 from reports.words import Clock, Column, columns, duration, plural, short, shown, wrap
 from tracer.errors import BadRecording
@@ -57,6 +57,7 @@ class Source:
     clock: Clock
     name: Namer
     requests: Mapping[int, str]
+    names_of: str = ""  # the release whose names those are, if that is not the kernel's own
 
     def told(
         self,
@@ -90,8 +91,10 @@ class Source:
                     one["isa" if kind is Kind.GUEST else "errno"] = one.pop("variant")
                     told[key].append(one)
         told["requests"] = [asdict(row) for row in table.requests(counts, self.requests)]
+        doubtful = doubt(self.names_of, (row["request"] for row in told["requests"])) if self.names_of else ""
         told["loss"] = {"ring_full": loss.ring_full, "map_full": loss.map_full, "missed": loss.missed}
         told["unseen"] = unseen(lines, exits if so_far is None else table.exits(so_far, self.name))
+        told["unseen"] += [doubtful] if doubtful else []
         return told
 
 
@@ -129,8 +132,6 @@ def of_recording(recording: Recording, pids: Sequence[int], only_vms: Sequence[i
         lines.append(f"times across {plural(told.gaps, 'lost event')}: their exits are counted, not timed")
     if set(meta["requests"]) != set(meta.get("requests_by_bit", {}).values()) or len(meta["requests"]) < 2:
         lines.append(f"other requests than {', '.join(meta['requests'])}, by name: they were not watched")
-    if not meta.get("requests_table_exact", True):
-        lines.append(inexact(str(meta["requests_table"])))
     source = Source(
         meta["host"],
         meta["kernel"],
@@ -138,6 +139,7 @@ def of_recording(recording: Recording, pids: Sequence[int], only_vms: Sequence[i
         Clock(meta["clock"]),
         partial(reason, names),
         {int(bit): name for bit, name in meta["requests_by_bit"].items()},
+        "" if meta.get("requests_table_exact", True) else str(meta["requests_table"]),
     )
     guests = meta.get("guests", {})
     seen = [

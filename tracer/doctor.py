@@ -61,7 +61,7 @@ def _checks() -> Iterator[Check]:
     )
     yield _bcc()
     names = requests.names(host.release())
-    yield Check("request names", None, names.inexact or f"{len(names.by_bit)} of Linux {names.table}")
+    yield Check("request names", None, names.doubt(names.flags) or f"{len(names.by_bit)} of Linux {names.table}")
 
 
 def _btf() -> Check:

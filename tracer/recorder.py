@@ -89,7 +89,8 @@ def watched(wish: Wish) -> dict[int, str]:
 
 def doubts(names: Mapping[int, str], table: requests.Names) -> list[str]:
     """Return what to note when a recording begins: that the requests watched may not be what they are called."""
-    return [table.inexact] if table.inexact and set(names) != {requests.TRIPLE_FAULT} else []
+    doubt = table.doubt(names.values())
+    return [doubt] if doubt else []
 
 
 class _SegmentWriter(threading.Thread):

@@ -169,8 +169,7 @@ class Statistics:
         self.plan = _choose(self.engine)
         formats = tracefs.formats(exits.EVENTS)
         self._names = {name: exits.parse(formats.get(name, "")) for name in exits.EVENTS}
-        table = requests.names(host.release())
-        self.requests = table.by_bit
+        self.names = requests.names(host.release())
         self._programs = _Programs(self.plan, self.only.pids)
         self._vcpus: dict[int, Vcpu] = {}
         self._vms: dict[int, int] = {}
@@ -186,7 +185,6 @@ class Statistics:
             self.close()
             raise
         self._unseen = [line["unseen"] for line in self._programs.plan.as_json() if line["hook"] is None]
-        self._unseen += [table.inexact] if table.inexact else []
         self._unseen += [
             f"the names of {name}'s reasons (its format in tracefs cannot be read)"
             for name in exits.EVENTS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from typing import Any, TypeAlias
 
 from probes.requests import STATE, STATELESS
@@ -20,6 +22,10 @@ from probes.schema import (
 from tracer.loss import Loss
 
 Row: TypeAlias = dict[str, Any]
+
+_RELEASES = [
+    of for name, of in json.loads(files("probes").joinpath("kvm-requests.json").read_text()).items() if name[0] != "_"
+]
 
 _IOCTLS = {
     0x4040AE9E: "set_mce",
@@ -255,7 +261,7 @@ class Oracle:
     def saved(self, vcpu: Vcpu, bit: int, *, ended: bool, over: bool = True, until: int | None = None) -> None:
         """Count the saves of this pause, if ``over``; ``ended``: with its vCPU, which was not about to run."""
         request, name = vcpu.pending[bit], self.names[bit]
-        if name in STATELESS:
+        if _harmless(name):
             return
         carried_by = STATE[name].carried_by if name in STATE else "unknown"
         for outcome in _saves(carried_by, bit, vcpu.log[:until], request.born, ended, over):
@@ -325,7 +331,7 @@ class Oracle:
         end = {"": "abandoned", "carried": "handed_over", "blind": "lost", "meanwhile": "undecided"}[request.last_save]
         stateful = self.names[bit] in STATE
         older = stateful and end == "abandoned" and (request.raised_by == "unknown" or request.unseen_run)
-        unknown = (self.blind and self.names[bit] not in STATELESS) or older or end == "undecided"
+        unknown = (self.blind and not _harmless(self.names[bit])) or older or end == "undecided"
         self.end(vcpu, bit, "undecided" if unknown else end, after_ns, time_ns, why=unknown)
 
     def end(
@@ -407,6 +413,14 @@ def _place(event: Event, last_kind: int | None) -> str:
 
 def _complete(log: list[Event]) -> bool:
     return any(event.kind == Kind.READ or event.flags & Flag.READ for event in log)
+
+
+def _harmless(name: str) -> bool:
+    """Whether nothing can be lost with it; a bit without a name is what it is on the kernels that name it."""
+    if not name.startswith("bit_"):
+        return name in STATELESS
+    others = {of[name[4:]]["name"][8:].lower() for of in _RELEASES if name[4:] in of}
+    return bool(others) and all(other in STATELESS for other in others)
 
 
 def _outcome(carried_by: str, bit: int, event: Event) -> str:

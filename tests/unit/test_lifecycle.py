@@ -496,6 +496,8 @@ FAILED = {"time_ns": 30, "kind": Kind.SAVE, "arg": 0x8040AE9F | (2**32 - 14) << 
         ("tlb_flush", (RAISED, SAVED), ("abandoned", 0, 0)),
         ("bit_20", (RAISED,), ("abandoned", 0, 0)),
         ("bit_20", (RAISED, SAVED), ("undecided", 0, 0)),
+        ("bit_63", (RAISED, SAVED), ("undecided", 0, 0)),
+        ("bit_40", (RAISED, SAVED), ("abandoned", 0, 0)),
     ],
 )
 def test_a_request_is_lost_if_it_stands_for_what_the_save_has_not(

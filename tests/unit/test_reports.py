@@ -612,10 +612,21 @@ def test_the_headline_says_the_worst(ends: list[str], says: str) -> None:
 def test_names_that_are_another_release_s_are_never_silent(exact: bool | None) -> None:
     """Text, page and document say that the table of names is not the kernel's own; an old recording cannot."""
     told = {} if exact is None else {"requests_table": "7.77", "requests_table_exact": exact}
-    found = judgement(meta={**META, **told})
+    rows = [lifecycle(1, "delivered"), lifecycle(2, "serviced", request="nmi")]
+    found = judgement(rows, meta={**META, "requests": ["nmi", "triple_fault"], **told})
     for written in (text.report(source(found)), html.page([source(found)])):
-        assert ("7.77" in written) == (exact is False)
+        assert ("Linux 7.77" in written) == (exact is False)
     assert document.document(found)["recording"]["requests_table_exact"] is exact
+
+
+def test_names_that_cannot_be_wrong_are_not_doubted() -> None:
+    """A triple fault is bit 10 everywhere, and what is watched without being raised is in no table of the text."""
+    told = {"requests_table": "7.77", "requests_table_exact": False}
+    alone = judgement([lifecycle(1, "delivered")], meta={**META, **told})
+    assert "Linux 7.77" not in text.report(source(alone)) + html.page([source(alone)])
+    watched = judgement([lifecycle(1, "delivered")], meta={**META, "requests": ["nmi", "triple_fault"], **told})
+    assert "Linux 7.77" not in text.report(source(watched))
+    assert "Linux 7.77" in html.page([source(watched)])
 
 
 def test_bits_without_a_name_are_counted_not_listed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,18 @@ def test_nothing_is_not_seen_where_nothing_ran() -> None:
     assert "no exits" in words.text(empty)
 
 
-def recording(path: Path, detail: str, **more: Any) -> Recording:
-    """Return a recording of one vCPU: two exits to user space, one of which came back after 500 ns."""
+def recording(path: Path, detail: str, *, word: int = 0, **more: Any) -> Recording:
+    """Return a recording of one vCPU: two exits to user space, one of which came back after 500 ns.
+
+    ``word``: what it has pending from the second one on.
+    """
     kinds = (EventKind.VCPU_NEW, EventKind.RUN_ENTER, EventKind.RUN_EXIT, EventKind.RUN_ENTER, EventKind.RUN_EXIT)
     events = np.zeros(len(kinds), EVENT)
     events["kind"], events["seq"], events["vcpu"], events["pid"] = kinds, range(1, 6), 1, 4711
     events["time_ns"] = [1000, 1100, 2000, 2500, 3000]
     events["since_ns"] = [0, *events["time_ns"][:-1]]
     events["arg"], events["detail"] = [0, 0, 2, 0, 2], [1, 0, 0, 0, 0]
+    events["requests"][-1] = word
     meta = {
         "schema": SCHEMA_VERSION, "host": "host", "kernel": "6.1.0", "engine": "kprobe", "detail": detail,
         "kvm_module": "kvm_amd (AMD SVM)", "requests": ["triple_fault"], "requests_by_bit": {"10": "triple_fault"},
@@ -136,11 +141,23 @@ def test_a_recording_of_detail_full_gives_the_same_table(tmp_path: Path) -> None
     assert "never fired" not in str(one["unseen"])
 
 
+def test_names_of_another_release_are_doubted_where_they_are_shown() -> None:
+    """The counts are of bits: what these are called is all that is in doubt."""
+    shown = counts()
+    shown.words["raised"][0][37] = 2
+    own = replace(SOURCE, requests={10: "triple_fault", 37: "recalc_intercepts"})
+    for source, what, is_said in ((own, shown, False), (replace(own, names_of="6.18"), shown, True),
+                                  (replace(own, names_of="6.18"), BOTH, False)):  # fmt: skip
+        lines = source.told(what, (0, 10**9), [VM], Loss(), ())["unseen"]
+        assert any("Linux 6.18" in line and "recalc_intercepts" in line for line in lines) == is_said
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_recording_says_if_its_names_are_another_release_s(tmp_path: Path, exact: bool) -> None:
-    """The counts are of bits: what these are called is all that is in doubt."""
-    found = recording(tmp_path / "r", "full", requests_table="7.77", requests_table_exact=exact)
-    assert any("7.77" in line for line in words.of_recording(found, [], [], [])["unseen"]) != exact
+    """As a live table does."""
+    names = {"requests": ["vm_dead"], "requests_by_bit": {"1": "vm_dead"}}
+    found = recording(tmp_path / "r", "full", word=2, requests_table="6.8", requests_table_exact=exact, **names)
+    assert any("Linux 6.8" in line for line in words.of_recording(found, [], [], [])["unseen"]) != exact
 
 
 @pytest.mark.parametrize("wanted", [([4712], [], []), ([], [2], []), ([], [], [1])])
