@@ -32,6 +32,7 @@ from lab.kvm import (
     KvmCpuidEntry2,
     KvmVcpuEvents,
     LabError,
+    MpState,
     Pages,
     TimedOut,
     Vcpu,
@@ -328,6 +329,40 @@ def interrupt_restored(stage: Stage) -> None:
         for _ in range(EXITS):
             vcpu.set_vcpu_events(_injected(_VECTOR))
             _run_to(vcpu, _HANDLER_PORT)
+            _settle(vcpu)
+
+
+def no_mp_state(kvm: Kvm) -> str | None:
+    """Say why user space cannot tell KVM what a vCPU is doing."""
+    return None if kvm.check_extension(Cap.KVM_CAP_MP_STATE) else "no KVM_CAP_MP_STATE"
+
+
+@scenario(
+    several=(
+        *(Several(_serviced("event", raised_by=by), EXITS, EXITS) for by in ("set_regs", "set_sregs", "set_mp_state")),
+        Several(_serviced("event")),
+    ),
+    needs=[no_mp_state],
+    code=INTERRUPTED,
+    about=["event"],
+)
+def registers_set(stage: Stage) -> None:
+    """23 times SET_REGS, SET_SREGS and SET_MP_STATE.
+
+    Each has KVM look for events again, KVM_SET_SREGS where it brings an interrupt that was to be injected.
+    """
+    with stage.guest() as vcpu:
+        _handle(vcpu.vm, _VECTOR)
+        _settle(vcpu)
+        for _ in range(EXITS):
+            vcpu.set_regs(vcpu.get_regs())
+            _settle(vcpu)
+            sregs = vcpu.get_sregs()
+            sregs.interrupt_bitmap[_VECTOR // 64] |= 1 << _VECTOR % 64
+            vcpu.set_sregs(sregs)
+            _run_to(vcpu, _HANDLER_PORT)
+            _settle(vcpu)
+            vcpu.set_mp_state(MpState.KVM_MP_STATE_RUNNABLE)
             _settle(vcpu)
 
 

@@ -231,6 +231,20 @@ def _site(function: str, site: Site, fact: str) -> Hook:
     )
 
 
+# What kvm_vcpu_ioctl handles itself and kvm_arch_vcpu_ioctl never sees. KVM_RUN calls none of these functions.
+_REGISTERS = {
+    "KVM_GET_REGS": "kvm_arch_vcpu_ioctl_get_regs",
+    "KVM_SET_REGS": "kvm_arch_vcpu_ioctl_set_regs",
+    "KVM_GET_SREGS": "kvm_arch_vcpu_ioctl_get_sregs",
+    "KVM_SET_SREGS": "kvm_arch_vcpu_ioctl_set_sregs",
+    "KVM_GET_MP_STATE": "kvm_arch_vcpu_ioctl_get_mpstate",
+    "KVM_SET_MP_STATE": "kvm_arch_vcpu_ioctl_set_mpstate",
+    "KVM_GET_FPU": "kvm_arch_vcpu_ioctl_get_fpu",
+    "KVM_SET_FPU": "kvm_arch_vcpu_ioctl_set_fpu",
+    "KVM_TRANSLATE": "kvm_arch_vcpu_ioctl_translate",
+    "KVM_SET_GUEST_DEBUG": "kvm_arch_vcpu_ioctl_set_guest_debug",
+}
+
 KPROBE = (
     Hook(
         "a vCPU was created",
@@ -263,6 +277,16 @@ KPROBE = (
         "kvm_arch_vcpu_ioctl",
         "after_kvm_arch_vcpu_ioctl",
         "the end of an ioctl: it is dated at the next hook",
+    ),
+    *(
+        Hook(
+            f"{ioctl} returned",
+            Via.KRETPROBE,
+            function,
+            "after_registers",
+            f"that {ioctl} raised a request: raised_by is remote",
+        )
+        for ioctl, function in _REGISTERS.items()
     ),
     Hook(
         "KVM_GET_VCPU_EVENTS saved the vCPU, with or without the request",

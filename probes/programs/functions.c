@@ -3,7 +3,8 @@
  * The engines kprobe and fentry: programs on KVM's own functions, which are given the vCPU.
  *
  * A kretprobe can miss returns of a function that blocks, and BPF is not told, so none is set on KVM_RUN: its end is the
- * tracepoint kvm_userspace_exit. Those that are used sit on functions that do not block.
+ * tracepoint kvm_userspace_exit. kvm_arch_vcpu_ioctl can block, too (it copies from user space), and the end of an ioctl
+ * is then dated late; what was saved and restored is told by functions inside it that do not.
  *
  * FENTRY: the programs are called through trampolines, which hand over an array of the arguments and, at the end of a
  * function, what it returned behind them. Each is then called by a program that BCC finds by its name.
@@ -89,8 +90,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
-/* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */
-PROGRAM after_kvm_arch_vcpu_ioctl(CONTEXT *ctx)
+static inline void ioctl_ends(int result)
 {
 	u64 thread = this_thread();
 	struct in_ioctl *in = threads.lookup(&thread);
@@ -98,14 +98,30 @@ PROGRAM after_kvm_arch_vcpu_ioctl(CONTEXT *ctx)
 	u64 vcpu;
 
 	if (!in || !in->vcpu)
-		return 0;		/* attached while this thread was inside */
+		return;			/* attached while this thread was inside */
 	vcpu = in->vcpu;
 	in->vcpu = 0;
 	state = vcpus.lookup(&vcpu);
 	if (!state)
-		return 0;
-	end_of_ioctl(state, vcpu, in, in->cmd, in->argument, RESULT(3));
+		return;
+	end_of_ioctl(state, vcpu, in, in->cmd, in->argument, result);
 	leave(state, vcpu, in);
+}
+
+/* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */
+PROGRAM after_kvm_arch_vcpu_ioctl(CONTEXT *ctx)
+{
+	ioctl_ends(RESULT(3));
+	return 0;
+}
+
+/*
+ * int kvm_arch_vcpu_ioctl_set_regs(struct kvm_vcpu *vcpu, struct kvm_regs *regs), and what else kvm_vcpu_ioctl handles
+ * itself: each takes two arguments, and has put the vCPU by its end.
+ */
+PROGRAM after_registers(CONTEXT *ctx)
+{
+	ioctl_ends(RESULT(2));
 	return 0;
 }
 

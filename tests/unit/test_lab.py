@@ -168,7 +168,8 @@ ENDS = {"delivered", "reflected", "cleared", "handed_over", "lost", "abandoned"}
 RAISERS = {"set_mce", "set_vcpu_events", *RAISED_INSIDE_KVM_RUN}
 # Of other requests than the triple fault.
 OTHER_ENDS = {"serviced", "cleared", "handed_over", "lost", "abandoned"}
-OTHER_RAISERS = {"nmi", "smi", "set_vcpu_events", "ioctl", "remote", "kvm_run", "unknown"}
+_SETTERS = {"set_regs", "set_sregs", "set_mp_state", "set_vcpu_events"}
+OTHER_RAISERS = {*_SETTERS, "nmi", "smi", "ioctl", "remote", "kvm_run", "unknown"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
