@@ -231,11 +231,12 @@ class Engine:
             vmms[ctypes.c_uint32(pid)] = vmms.Leaf(low, high)
 
     def sweep(self, ended: set[int]) -> None:
-        """Forget the vCPUs of processes that have ended: their places are needed."""
-        vcpus = self._bpf[b"vcpus"]
-        for address, state in list(vcpus.items()):
-            if state.pid in ended:
-                del vcpus[address]
+        """Forget the vCPUs and VMs of processes that have ended: their places are needed."""
+        for name in (b"vcpus", b"vms"):
+            known = self._bpf[name]
+            for address, state in list(known.items()):
+                if state.pid in ended:
+                    del known[address]
 
     def loaded_again(self, modules: Collection[str]) -> None:
         """Set the hooks in these modules anew. Only kprobes let their module go: the others hold it."""

@@ -35,8 +35,7 @@ static inline struct vcpu_state *state_of(u64 vcpu)
 }
 
 #if FULL
-static inline void forget_vcpus_of(u64 kvm);		/* probes/programs/full.c */
-static inline void forget_requester(u64 thread);
+static inline void forget_requester(u64 thread);		/* probes/programs/kicks.c */
 
 /* The state of a vCPU that the current thread is inside KVM_RUN of. */
 static inline struct vcpu_state *state_inside(u64 vcpu)
@@ -196,17 +195,13 @@ PROGRAM on_kvm_arch_vcpu_create(CONTEXT *ctx)
 /* void kvm_arch_vcpu_destroy(struct kvm_vcpu *vcpu): in whichever task drops the last reference */
 PROGRAM on_kvm_arch_vcpu_destroy(CONTEXT *ctx)
 {
-	u64 vcpu = ARGUMENT(1), kvm = read_u64(vcpu + OFFSET_KVM);
+	u64 vcpu = ARGUMENT(1);
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
-	struct vm_state *vm;
 
 	if (!state)
 		state = begin_vcpu(vcpu, 0);
 	if (state)
 		end_vcpu(state, vcpu, END_DESTROYED);
-	vm = vms.lookup(&kvm);
-	if (vm && vm->ends)
-		vms.delete(&kvm);
 	return 0;
 }
 
@@ -216,11 +211,10 @@ PROGRAM on_kvm_destroy_vm(CONTEXT *ctx)
 	u64 kvm = ARGUMENT(1);
 	struct vm_state *vm = vms.lookup(&kvm);
 
-	if (vm)
+	if (vm && vm->vcpus)
 		vm->ends = 1;
-#if FULL
-	forget_vcpus_of(kvm);
-#endif
+	else if (vm)
+		forget_vm(kvm);
 	return 0;
 }
 

@@ -30,7 +30,7 @@ struct slots {
 };
 
 BPF_HASH(requesters, u64, struct requester, MAX_REQUESTERS);
-BPF_TABLE("lru_hash", u64, struct slots, slots_of, MAX_VMS);
+BPF_HASH(slots_of, u64, struct slots, MAX_VMS);
 BPF_PERCPU_ARRAY(no_slots, struct slots, 1);	/* never written: too large for the stack */
 
 static inline void forget_vcpus_of(u64 kvm)
@@ -120,9 +120,15 @@ static inline void request_begins(u64 kvm, u32 request, u64 mask, u32 depth)
 		.began_ns = bpf_ktime_get_ns(), .kvm = kvm, .mask = mask, .request = request, .depth = depth,
 	};
 	struct vm_state *vm = vms.lookup(&kvm);
+	u32 zero = 0, *full = vms_full.lookup(&zero);
 
-	if (!vm)
-		return;			/* none of its vCPUs is traced */
+	if (!vm) {
+		if (full && *full) {
+			count(COUNT_PRODUCED);
+			count(COUNT_KICKS);
+		}
+		return;			/* none of its vCPUs is traced, or there was no room to note it */
+	}
 	if (known) {
 		if (known->kvm == kvm && known->request == request && known->depth < depth)
 			return;		/* told already: that function calls this one */

@@ -107,6 +107,7 @@ struct in_ioctl {
 struct vm_state {
 	u32 number;
 	u32 pid;
+	u32 vcpus;		/* so many of its vCPUs are traced: it is forgotten with the last one */
 	u32 ends;		/* KVM destroys it: the next VM at this address is another one */
 };
 
@@ -134,7 +135,8 @@ static inline int end_unseen(struct in_ioctl *in);
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_HASH(vcpus, u64, struct vcpu_state, MAX_VCPUS);
 BPF_HASH(threads, u64, struct in_ioctl, MAX_THREADS);
-BPF_TABLE("lru_hash", u64, struct vm_state, vms, MAX_VMS);
+BPF_HASH(vms, u64, struct vm_state, MAX_VMS);	/* no LRU map: before 6.12 those drop live entries on many CPUs */
+BPF_ARRAY(vms_full, u32, 1);		/* there was no room in it: what is not there may be traced all the same */
 BPF_HASH(lost, u32, struct vcpu_loss, MAX_VCPUS);
 BPF_HASH(filter, u32, u8, 1024);
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
@@ -467,19 +469,49 @@ static inline int asked_for(u32 pid)
 static inline u32 vm_number(u64 kvm, u32 pid)
 {
 	struct vm_state *known = vms.lookup(&kvm), new = { .pid = pid };
+	u32 zero = 0, yes = 1;
 
 	if (known && known->pid == pid && !known->ends)
 		return known->number;
 	new.number = new_number();
-	if (vms.update(&kvm, &new))
+	if (vms.update(&kvm, &new)) {
 		count(COUNT_MAP_FULL);
+		vms_full.update(&zero, &yes);
+	}
 	return new.number;
+}
+
+#if FULL && KICKS
+static inline void forget_vcpus_of(u64 kvm);	/* probes/programs/kicks.c */
+#endif
+
+static inline void forget_vm(u64 kvm)
+{
+	vms.delete(&kvm);
+#if FULL && KICKS
+	forget_vcpus_of(kvm);
+#endif
+}
+
+/* A vCPU has ended; so has what is kept of its VM with the last one. */
+static inline void forget_vcpu(struct vcpu_state *state, u64 vcpu)
+{
+	u64 kvm = state->kvm;
+	struct vm_state *vm = vms.lookup(&kvm);
+
+	if (vm && vm->number == state->vm) {
+		__sync_fetch_and_add(&vm->vcpus, -1);
+		if (!vm->vcpus)
+			forget_vm(kvm);
+	}
+	vcpus.delete(&vcpu);
 }
 
 /* Begin the story of a vCPU: at its creation, or where it is first seen. */
 static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 {
 	struct vcpu_state *state, new = {};
+	struct vm_state *vm;
 	struct reading reading = {};
 	u32 zero = 0, *looked_up = census.lookup(&zero);
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
@@ -507,6 +539,9 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 	state = vcpus.lookup(&vcpu);
 	if (!state)
 		return NULL;
+	vm = vms.lookup(&new.kvm);
+	if (vm)
+		__sync_fetch_and_add(&vm->vcpus, 1);
 	take_reading(state, vcpu, &reading);
 	reading.since = 0;
 	reading.before = 0;
@@ -521,7 +556,7 @@ static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
 {
 	new_epoch();
 	boundary(state, vcpu, KIND_VCPU_END, how, ran_restored(state, vcpu), ALWAYS);
-	vcpus.delete(&vcpu);
+	forget_vcpu(state, vcpu);
 }
 
 /* KVM created a vCPU: whatever was known at this address is over. */
@@ -536,7 +571,7 @@ static inline void created(u64 vcpu)
 		};
 
 		send(stale, &reading, KIND_VCPU_END, END_REUSED, 0, stale->seen);
-		vcpus.delete(&vcpu);
+		forget_vcpu(stale, vcpu);
 	}
 	begin_vcpu(vcpu, FLAG_CREATED);
 }

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,14 +22,18 @@ import numpy as np
 import pytest
 
 from analysis.judge import judge
+from lab import runner as lab_runner
 from lab.runner import runnable
 from lab.scenarios import SCENARIOS
+from probes.program import Settings
+from probes.requests import TRIPLE_FAULT
 from probes.schema import EVENT, Kind
 from tracer import host
-from tracer.recorder import Recorder, Wish
+from tracer.engines import open_engine
+from tracer.recorder import Recorder, Wish, choose
 from tracer.recording import Recording
 
-from .session import ADDRESS, CHECKOUT, COMMAND, Record, ends, lab, recording, report, run, wait_until
+from .session import ADDRESS, CHECKOUT, COMMAND, PATIENCE_S, Record, ends, lab, recording, report, run, wait_until
 
 REASONS = {scenario.name: reason for scenario, reason in runnable()}
 pytestmark = [
@@ -363,3 +368,26 @@ def test_no_kernel_address_is_in_any_output(tmp_path: Path) -> None:
     assert ((upper <= 0) & (upper >= -4095)).all()
     for file in path.glob("*.parquet"):
         assert not re.search(rb"ffff[0-9a-f]{12}", file.read_bytes())
+
+
+# --- full maps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("places", "at_once", "fits"), [(1, 1, True), (2, 1, True), (1, 2, False)])
+def test_vms_that_have_ended_leave_their_places(places: int, at_once: int, fits: bool) -> None:
+    """Of any number one after the other there is always the next one; of too many at once the loss is counted."""
+    together = threading.Barrier(at_once)
+
+    def meet() -> None:
+        together.wait(PATIENCE_S)
+
+    chosen = choose("auto")
+    settings = Settings(watched=1 << TRIPLE_FAULT, cpus=host.possible_cpus(), max_vms=places, filtered=True)
+    with open_engine(chosen.plan, settings, (os.getpid(),)) as engine:
+        engine.attach()
+        truth = lab_runner.run("open", repeat=5, vms=at_once, hold=meet)
+        events, loss = engine.drain(), engine.loss()
+    new = events[events["kind"] == Kind.VCPU_NEW]
+    assert len(new) == len(truth.lifecycles) == 5 * at_once
+    assert len(set(new["detail"].tolist())) == 5 * at_once
+    assert (loss.map_full == 0) is fits
