@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from probes.schema import NO_BIT
+
 
 class Column(NamedTuple):
     """A column: its name, its type (``word``: one of some words, ``text``: a sentence), and what it holds."""
@@ -262,7 +264,7 @@ NOW = (
     *(Column(f"many_{name}", "i8", "how many") for name in GIVEN),
     Column("checked", "(5,)i8", "by rule of ordering"),
     Column("undecided", "(5,)i8", "by rule of ordering"),
-    Column("broken", "(5,64)i8", "by rule of ordering and request"),
+    Column("broken", f"(5,{NO_BIT + 1})i8", "by rule of ordering and request"),
     # For counts.
     Column("exits", "i8", "rows of EXIT in use"),
     Column("changes", "i8", "rows of CHANGES in use"),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.compiled import compiled
-from probes.schema import Flag, Kind
+from probes.schema import NO_BIT, REQUEST_FLAGS, REQUEST_MASK, Flag, Kind
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -25,6 +25,7 @@ CREATED, NESTED, CAP, CAP_EXISTS, SYNC, READ, STILL = (
 ONE, NOTHING = np.uint64(1), np.uint64(0)
 _LOW = np.uint64(0xFFFF_FFFF)
 HALF = np.uint64(32)
+_MASK, _NO_ACTION = np.uint64(REQUEST_MASK), np.uint64(REQUEST_FLAGS["NO_ACTION"])
 
 
 class Batch(Protocol):
@@ -147,6 +148,12 @@ def end_with_process(event: Event, number: int, seq: int, word: Any, last_ns: in
 def low(event: Event) -> int:
     """Return the ioctl, the exit reason or the site."""
     return signed(event.arg & _LOW)
+
+
+@compiled
+def asked_for(event: Event) -> int:
+    """Return the number of the request that is made of several vCPUs; NO_BIT for one that sets no bit."""
+    return NO_BIT if event.arg & _NO_ACTION != NOTHING else signed(event.arg & _MASK)
 
 
 @compiled

@@ -22,14 +22,14 @@ from analysis.cases import (
     vcpu_of,
 )
 from analysis.compiled import compiled
-from analysis.events import ONE, Event, holds, lowest, without_lowest
+from analysis.events import ONE, Event, asked_for, holds, lowest, without_lowest
 from analysis.memory import NONE, THREAD, Memory, Record, drop, give, look, put, take
 from analysis.words import By, Place, Verdict
-from probes.schema import REQUEST_FLAGS, REQUEST_MASK, Kind
+from probes.schema import REQUEST_FLAGS, Kind
 
 # A mask of vCPUs that means every one.
 _EVERY_VCPU = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_WAIT, _MASK = np.uint64(REQUEST_FLAGS["WAIT"]), np.uint64(REQUEST_MASK)
+_WAIT = np.uint64(REQUEST_FLAGS["WAIT"])
 
 
 # --- one own event of a vCPU --------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def in_guest_still(memory: Memory, wanted: Record, vcpu: Record, event: Event) -
     since_before = vcpu.kind == Kind.GUEST_ENTRY and vcpu.last_ns < event.since_ns
     if vcpu.seen and not vcpu.cut and since_before and not vcpu.staying:  # of each stay the first one
         vcpu.staying, vcpu.stay_begin_ns, vcpu.stay_ns = True, event.since_ns, event.time_ns
-        vcpu.stay_request = np.int64(event.arg & _MASK)
+        vcpu.stay_request = asked_for(event)
 
 
 @compiled

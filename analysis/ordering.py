@@ -17,7 +17,8 @@ from analysis.lifecycle import LIFECYCLE
 from analysis.passes import Pass, Table
 from analysis.promises import INTERRUPTS, KICKED, MASKED, OWN, RULES, TAKEN, hooks, missing
 from analysis.words import By, Place, Verdict, words
-from probes.schema import Kind
+from probes.requests import bit_name
+from probes.schema import NO_BIT, Kind
 from tracer.loss import Loss
 
 #: How long a request may wait by default.
@@ -144,7 +145,7 @@ class Findings:
         """Return what was found."""
         broken, undecided = np.zeros(len(RULES), np.int64), now.undecided.copy()
         shown = int(now.shown) & ~self._unsure
-        proven = np.array([[self._proven(rule, bit, shown) for bit in range(64)] for rule in range(len(RULES))])
+        proven = np.array([[self._proven(rule, bit, shown) for bit in range(NO_BIT + 1)] for rule in range(len(RULES))])
         broken += np.where(proven, now.broken, 0).sum(axis=1)
         undecided += np.where(proven, 0, now.broken).sum(axis=1)
         checked = np.array(
@@ -183,7 +184,7 @@ class Findings:
         return rule, *who, self._name(one["request"]), one["time_ns"], one["since_ns"], self._story(one)
 
     def _name(self, bit: int) -> str:
-        return self._names.get(bit, f"bit_{bit}")
+        return self._names.get(bit, bit_name(bit))
 
     def _story(self, one: Mapping[str, Any]) -> str:
         detail = one["detail"]

@@ -12,7 +12,8 @@ import pandas as pd
 from analysis.cases import LATE_NS
 from analysis.passes import Pass
 from analysis.periods import PERIODS, edges_of
-from probes.schema import EVENT, REMOTE, REQUEST_MASK, Kind
+from probes.requests import bit_name
+from probes.schema import EVENT, REMOTE, Kind, requested
 from tracer.loss import Loss
 
 Array = npt.NDArray[Any]
@@ -73,8 +74,8 @@ def timeline(
     for kick in kicks:
         who = f"thread {kick['tid']} on CPU {kick['cpu']}"
         if kick["kind"] != Kind.KICK:
-            bit = int(kick["arg"]) & REQUEST_MASK
-            who = f"{names.get(bit, f'bit_{bit}')} for all, {who}"
+            bit = int(requested(kick["arg"]))
+            who = f"{names.get(bit, bit_name(bit))} for all, {who}"
         rows.append(("kick", who, int(kick["time_ns"]), int(kick["time_ns"])))
     rows = [row for row in rows if row[2] <= end_ns and row[3] >= begin_ns]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(TIMELINE)

@@ -18,19 +18,18 @@ from analysis.events import (
     Array,
     Columns,
     Event,
+    asked_for,
     end_with_process,
     event_at,
-    signed,
     without_change,
 )
 from analysis.exit_rules import Counted
 from analysis.memory import NONE, VCPU, VM, Memory, Record, give, look
-from probes.schema import KVM_EXIT_SHUTDOWN, REQUEST_MASK, Kind
+from probes.schema import KVM_EXIT_SHUTDOWN, NO_BIT, Kind
 
 # What one event can need at most: requests that rise, what others did about them, cases and breaks, one for each bit;
 # and edges of periods.
 _PLACES = 512
-_MASK = np.uint64(REQUEST_MASK)
 _SHUTDOWN = np.uint64(KVM_EXIT_SHUTDOWN)
 _ENDED, _SHUT, _BROKEN, _EDGES, _COPIES = (of.names or () for of in (ENDED, SHUT, BROKEN, EDGES, COPIES))
 
@@ -229,10 +228,13 @@ def _kicked(wanted: Record, memory: Memory, event: Event) -> None:
 @compiled
 def _asked(wanted: Record, memory: Memory, event: Event) -> None:
     """A request is about to be made of several vCPUs of a VM, or its requester has returned."""
-    bit = signed(event.arg & _MASK)
+    bit = asked_for(event)
     place = look(memory, VM, event.detail)
     if wanted.order:
         order_rules.requester(memory, wanted, event, bit)
+    if bit == NO_BIT:
+        return  # it shows in no word
+    if wanted.order:
         if place == NONE:
             place = alive.vm_of(memory, event)
         order_rules.asks(memory, wanted, memory.rows[place], event, bit)

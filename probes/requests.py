@@ -15,6 +15,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from probes.schema import NO_BIT
+
 #: Bits of ``vcpu->requests``, a u64.
 BITS = 64
 #: The bit of KVM_REQ_TRIPLE_FAULT. Linux's arch/x86/include/asm/kvm_host.h: KVM_ARCH_REQ(2), on every kernel checked.
@@ -95,8 +97,8 @@ def names(release: str) -> Names:
 
 
 def bit_name(bit: int) -> str:
-    """Return what a bit is called that has no name: ``bit_43``."""
-    return f"bit_{bit}"
+    """Return what a bit is called that has no name: ``bit_43``; and what the request is that has no bit."""
+    return "outside_guest_mode" if bit == NO_BIT else f"bit_{bit}"
 
 
 def _called(bit: int) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class Kind(IntEnum):
     #                   requests: mask of the vCPUs by index, all ones: every one
     REQUEST_ALL_END = 18  # vcpu 0: that returned; since_ns: when it began; the rest as there
     IN_GUEST_STILL = 19  # REMOTE: at the REQUEST_ALL_END of a request with WAIT the vCPU was in guest mode and had it
-    #                      pending; arg: as there; since_ns: when the requester began; detail: vcpu->mode
+    #                      pending, unless it has no bit; arg: as there; since_ns: when it began; detail: vcpu->mode
     # Again in every detail.
     READ = 20  # since the vCPU last ran user space has read SAVED_STATE of it, or more; detail: set of STATES;
     #            arg: fingerprint of its registers, 0 where the engine makes none
@@ -97,6 +97,9 @@ REMOTE = (Kind.KICK, Kind.IN_GUEST_STILL)
 # In ``arg`` of REQUEST_ALL: the number of the request in the low 8 bits, KVM's flags above (include/linux/kvm_host.h).
 REQUEST_MASK = 0xFF
 REQUEST_FLAGS = {"NO_WAKEUP": 1 << 8, "WAIT": 1 << 9, "NO_ACTION": 1 << 10}
+#: What stands for the number of a request with NO_ACTION, which sets no bit of the word (kvm_make_vcpu_request). The
+#: only one, KVM_REQ_OUTSIDE_GUEST_MODE, has the number of KVM_REQ_TLB_FLUSH and is another request.
+NO_BIT = 64
 
 # enum of vcpu->mode (include/linux/kvm_host.h), as the kernel numbers it.
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE, EXITING_GUEST_MODE, READING_SHADOW_PAGE_TABLES = range(4)
@@ -178,6 +181,13 @@ PAYLOAD_PENDING = 1 << 16
 
 # enum of KVM_EXIT_* (uapi linux/kvm.h), stable ABI.
 KVM_EXIT_SHUTDOWN = 8
+
+
+def requested(arg: Any) -> Any:
+    """Return the numbers of requests from what ``arg`` of REQUEST_ALL holds; :data:`NO_BIT` for one without a bit."""
+    mask, none = np.uint64(REQUEST_MASK), np.uint64(NO_BIT)
+    return np.where(np.asarray(arg, np.uint64) & np.uint64(REQUEST_FLAGS["NO_ACTION"]), none, arg & mask)
+
 
 _C_TYPES = {"u8": "u64", "u4": "u32", "u2": "u16", "u1": "u8"}
 

@@ -29,6 +29,7 @@ from probes.schema import (
     Flag,
     Kind,
     Site,
+    requested,
 )
 from probes.uapi import exit_reason, ioctl
 
@@ -214,7 +215,7 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int, exits: Nam
         named("mode", detail, mode, among(Kind.KICK, Kind.IN_GUEST_STILL)),
         named("state", detail, states, among(Kind.READ, Kind.WRITTEN)),
         _Column("fingerprint", arg, known=among(Kind.READ, Kind.WRITTEN) & (arg != 0)),
-        named("request", told & np.uint64(REQUEST_MASK), request, of_one),
+        named("request", requested(told), request, of_one),
         named("request_flags", told & ~np.uint64(REQUEST_MASK), request_flags, of_one),
         named("targets", np.where(to_all, events["requests"], np.uint64(0)), targets, to_all),
     ]

@@ -19,8 +19,8 @@ import pandas as pd
 from analysis.lifecycle import lifecycle_table, shutdown_table
 from analysis.passes import Pass, Table, in_order
 from analysis.periods import IN_KERNEL, PERIODS, Edges, edges_of
-from probes.requests import TRIPLE_FAULT
-from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, REQUEST_MASK, VALID_TRIPLE_FAULT, End, Flag, Kind
+from probes.requests import TRIPLE_FAULT, bit_name
+from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, requested
 from probes.uapi import ioctl
 from reports import protobuf as pb
 from reports.events import hardware_exits, mode, request_flags, targets
@@ -408,7 +408,7 @@ class _Trace:
             return ", ".join(self._request(bit) for bit in range(64) if word >> bit & 1) or "none"
 
         def request(rows: Array) -> Array:
-            return words(rows["arg"] & np.uint64(REQUEST_MASK), self._request)
+            return words(requested(rows["arg"]), self._request)
 
         def by(rows: Array) -> dict[str, Any]:
             return {"tid": rows["tid"], "cpu": rows["cpu"]}
@@ -441,7 +441,7 @@ class _Trace:
         return parts
 
     def _request(self, bit: int) -> str:
-        return self._names.get(bit, f"bit_{bit}")
+        return self._names.get(bit, bit_name(bit))
 
     def _mark(self, name: str, rows: Array, arguments: Mapping[str, Any]) -> bytes:
         return self._events(

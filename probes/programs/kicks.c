@@ -10,6 +10,7 @@
 #define EXITING_GUEST_MODE	2
 #define REQUEST_NUMBER		0xff	/* of a request, KVM's flags are above it (include/linux/kvm_host.h) */
 #define REQUEST_WAIT		(1 << 9)
+#define REQUEST_NO_ACTION	(1 << 10)	/* it sets no bit: KVM_REQ_OUTSIDE_GUEST_MODE, which only has vCPUs leave */
 #define SLOTS			64	/* vCPUs of a VM that are kept; so many bits has a mask */
 #define MAX_REQUESTERS		4096
 
@@ -144,7 +145,7 @@ static inline void request_begins(u64 kvm, u32 request, u64 mask, u32 depth)
 	put_apart(0, new.pid, new.began_ns, 0, mask, KIND_REQUEST_ALL, request, new.vm, 0);
 }
 
-/* KVM has waited for every vCPU to leave guest mode: tell those that have not, and have the request still. */
+/* KVM has waited for every vCPU to leave guest mode: tell those that have not, and have the request still, if any can. */
 static inline void tell_those_in_guest(struct requester *by, u64 now)
 {
 	struct slots *slots = slots_of.lookup(&by->kvm);
@@ -161,8 +162,9 @@ static inline void tell_those_in_guest(struct requester *by, u64 now)
 		if (!vcpu || !(by->mask >> slot & 1))
 			continue;
 		look_at(vcpu, &seen);
-		if ((seen.mode != IN_GUEST_MODE && seen.mode != EXITING_GUEST_MODE) ||
-		    !(seen.word >> (by->request & REQUEST_NUMBER & 63) & 1))
+		if (seen.mode != IN_GUEST_MODE && seen.mode != EXITING_GUEST_MODE)
+			continue;
+		if (!(by->request & REQUEST_NO_ACTION) && !(seen.word >> (by->request & REQUEST_NUMBER & 63) & 1))
 			continue;
 		state = vcpus.lookup(&vcpu);
 		if (!state || state->kvm != by->kvm || !state->announced)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from probes.schema import REMOTE, REQUEST_MASK, Kind
+from probes.schema import REMOTE, Kind, requested
 from tests.matrix import busy
 from tracer.recording import Recording
 
@@ -254,7 +254,7 @@ def _raised_by_others(vcpu: Vcpu, stories: tuple[Story, Story]) -> list[tuple[in
         vm = events["detail"][events["kind"] == Kind.VCPU_NEW][0]
         ends = each.vms[(each.vms["kind"] == Kind.REQUEST_ALL_END) & (each.vms["detail"] == vm)]
         found += [
-            (since, time, 1 << (arg & REQUEST_MASK))
+            (since, time, 1 << int(requested(arg)))
             for since, time, arg in ends[["since_ns", "time_ns", "arg"]].tolist()
         ]
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     PAYLOAD_PENDING,
+    REQUEST_FLAGS,
     RESTORED_STATE,
     SAVED_STATE,
     STATE_BITS,
@@ -196,15 +197,17 @@ class Machine:
             ))  # fmt: skip
 
     def request_all(self, guest: Guest, choice: int) -> None:
-        """Another thread flushes the TLBs of the VM: of all its vCPUs, or of some."""
+        """Another thread flushes the TLBs of the VM, of all its vCPUs or of some; or only has them leave the guest."""
         self.now += 1
         mask = 2**64 - 1 if choice & 1 else choice >> 1
+        no_action = REQUEST_FLAGS["NO_ACTION"] * (choice & 0x30 == 0x30)
+        request = 0x300 | no_action
         if self.deep:
             self.apart(Event(
-                self.now, 0, mask, 0, 0x300, 0, 0, guest.pid, 80 + choice % 3, guest.vm, choice % 2, Kind.REQUEST_ALL
+                self.now, 0, mask, 0, request, 0, 0, guest.pid, 80 + choice % 3, guest.vm, choice % 2, Kind.REQUEST_ALL
             ))  # fmt: skip
         for other in self.guests:
-            if other.vm == guest.vm and not other.exited and mask >> (other.number % 3) & 1:
+            if other.vm == guest.vm and not other.exited and not no_action and mask >> (other.number % 3) & 1:
                 other.word |= TLB_FLUSH
 
     def apart(self, event: Event) -> None:

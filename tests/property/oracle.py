@@ -13,6 +13,7 @@ from probes.schema import (
     FIELDS,
     KVM_EXIT_SHUTDOWN,
     PAYLOAD_PENDING,
+    REQUEST_FLAGS,
     STATE_BITS,
     VALID_TRIPLE_FAULT,
     Flag,
@@ -188,6 +189,8 @@ class Oracle:
                     self.note(self.vcpus[event.vcpu], Kick(bit, event.time_ns, event.tid, event.cpu, True))
 
     def request_all(self, event: Event) -> None:
+        if event.arg & REQUEST_FLAGS["NO_ACTION"]:
+            return  # that sets no bit, whatever its number is
         bit = event.arg & 0xFF
         for vcpu in self.vcpus.values():
             asked = vcpu.vcpu >= 64 or event.requests >> vcpu.vcpu & 1

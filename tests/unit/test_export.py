@@ -76,8 +76,8 @@ MEANT: list[tuple[dict[str, int], dict[str, Any]]] = [
     ({"kind": Kind.KICK, "seq": 0, "detail": 9}, {"mode": "9"}),
     ({"kind": Kind.REQUEST_ALL, "vcpu": 0, "seq": 0, "arg": 17 | 1 << 9, "detail": 7, "requests": 2**64 - 1},
      {"vm": 7, "request": "nmi__", "request_flags": ["wait"], "targets": ["all"]}),
-    ({"kind": Kind.REQUEST_ALL_END, "vcpu": 0, "seq": 0, "arg": 9 | 1 << 8 | 1 << 10, "detail": 7, "requests": 5},
-     {"vm": 7, "request": "bit_9", "request_flags": ["no_wakeup", "no_action"], "targets": [0, 2]}),
+    ({"kind": Kind.REQUEST_ALL_END, "vcpu": 0, "seq": 0, "arg": 0 | 1 << 8 | 1 << 10, "detail": 7, "requests": 5},
+     {"vm": 7, "request": "outside_guest_mode", "request_flags": ["no_wakeup", "no_action"], "targets": [0, 2]}),
     ({"kind": Kind.IN_GUEST_STILL, "seq": 0, "arg": 17 | 1 << 9, "detail": 2, "requests": 1 << 17},
      {"request": "nmi__", "request_flags": ["wait"], "mode": "exiting_guest_mode", "requests": ["nmi__"]}),
 ]  # fmt: skip

@@ -424,6 +424,7 @@ def test_a_request_of_another_vm_or_of_other_vcpus_is_not() -> None:
         asked(24, 8, 0x300, 2**64 - 1),
         asked(25, 7, 0x300, 1 << 5),
         asked(26, 7, 0x312, 1 << 4),
+        asked(27, 7, 0x700, 2**64 - 1),  # KVM_REQ_OUTSIDE_GUEST_MODE: its number, and no bit
         {"time_ns": 30, "kind": Kind.RUN_ENTER, "requests": 1},
     )
     assert (row["end"], row["raised_by"], row["requester_tid"], row["kicked_ns"]) == ("open", "remote", 0, -1)

@@ -24,7 +24,7 @@ NAMES = {0: "tlb_flush", 9: "report_tpr_access", 10: "triple_fault", 14: "event"
 NAMES |= {11: "mmu_sync", 27: "ioapic_eoi_exit"}
 FLAGS = {"tlb_flush": frozenset({"NO_WAKEUP", "WAIT"}), "nmi": frozenset[str]()}
 TLB_FLUSH, TPR, TRIPLE_FAULT, MMU_SYNC, EVENT_BIT, NMI, SCAN = (1 << bit for bit in (0, 9, 10, 11, 14, 17, 23))
-WAIT = REQUEST_FLAGS["WAIT"] | REQUEST_FLAGS["NO_WAKEUP"]
+WAIT, NO_ACTION = REQUEST_FLAGS["WAIT"] | REQUEST_FLAGS["NO_WAKEUP"], REQUEST_FLAGS["NO_ACTION"]
 EVERYONE = (1 << 64) - 1
 PLAN: list[Mapping[str, Any]] = [
     {"fact": "", "hook": f"{via}:{target}", "unseen": None}
@@ -96,7 +96,7 @@ class Story:
     def still(self, bit: int, begin_ns: int, *, tid: int = 99) -> Story:
         """Let a requester see at its return that vCPU 1 is in the guest with the request."""
         self.now += 100
-        word = 1 << bit
+        word = 1 << bit % 64
         self.events.append(
             Event(self.now, begin_ns, word, word, bit | WAIT, 1, 0, 50, tid, IN_GUEST_MODE, 3, Kind.IN_GUEST_STILL)
         )  # fmt: skip
@@ -217,6 +217,20 @@ def test_a_requester_that_did_not_wait_breaks_the_rule() -> None:
     (row,) = found.breaks.to_dict("records")
     assert (row["request"], row["vcpu_number"], row["vm"]) == ("tlb_flush", 1, 1)
     assert row["since_ns"] < row["time_ns"] and "left it at" in row["story"]
+
+
+def test_a_request_without_a_bit_is_waited_for_under_its_own_name() -> None:
+    """KVM_REQ_OUTSIDE_GUEST_MODE has the number of KVM_REQ_TLB_FLUSH, and no word shows it."""
+    found = judged(early(Story().entry(), NO_ACTION).exit().later())
+    assert counts(found, "wait_returned_early") == (1, 1, 0)
+    assert found.breaks["request"].tolist() == ["outside_guest_mode"]
+
+
+def test_a_request_without_a_bit_explains_none() -> None:
+    """Whatever its number is."""
+    story = Story().shows_kicks().entry()
+    story.ask(17 | NO_ACTION, end=story.ask(17 | NO_ACTION))
+    assert counts(judged(story.exit(NMI).later()), "raise_without_kick") == (1, 1, 0)
 
 
 def test_of_one_stay_in_the_guest_one_break_is_told() -> None:
