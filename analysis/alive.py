@@ -19,7 +19,7 @@ def new_vcpu(memory: Memory, event: Event) -> int:
     vcpu.number, vcpu.vm, vcpu.pid, vcpu.vcpu = event.vcpu, 0, event.pid, 0
     vcpu.seq = vcpu.gaps = vcpu.last_ns = vcpu.kind = vcpu.slept_ns = 0
     vcpu.word = vcpu.asked = NOTHING
-    vcpu.seen = vcpu.cut = vcpu.named = vcpu.staying = False
+    vcpu.seen = vcpu.cut = vcpu.named = vcpu.staying = vcpu.dead = False
     vcpu.pending = vcpu.kicks = vcpu.cases = vcpu.of_vm = vcpu.next_of_vm = NONE
     vcpu.flagged = vcpu.state = vcpu.pause = vcpu.copies = 0
     vcpu.saved = vcpu.ran = False
@@ -53,6 +53,7 @@ def vm_of(memory: Memory, event: Event) -> int:
         vm.next, memory.now.first_vm = memory.now.first_vm, place
         vm.number, vm.pid, vm.members, vm.cap = event.detail, event.pid, NONE, -1
         vm.alive = vm.told = vm.vcpus = vm.first_ns = 0
+        vm.dead = False
         vm.last_ask_ns[:] = -1
     return place
 

@@ -53,14 +53,14 @@ FINISHED = (
     Column("reentered_ns", "i8", "when it entered the guest with the request serviced; -1: not seen"),
 )
 
-#: A KVM_EXIT_SHUTDOWN.
+#: A guest that shut down, or died: KVM_EXIT_SHUTDOWN, or what analysis.words.SOURCES says.
 SHUTDOWN = (
     Column("vm", "u4", "number of the VM in the recording"),
     Column("pid", "u4", "the VMM's process"),
     Column("vcpu", "u4", "KVM's vcpu_id"),
     Column("vcpu_number", "u4", "number of the vCPU in the recording"),
-    Column("time_ns", "i8", "KVM_RUN returned, CLOCK_MONOTONIC"),
-    Column("source", "word", "request, or hardware where no request made it"),
+    Column("time_ns", "i8", "KVM_RUN returned, or vm_dead was first seen of this VM, CLOCK_MONOTONIC"),
+    Column("source", "word", "request, hardware where no request made it, crash, sev_term, tdx_fatal or vm_dead"),
     Column("nested", "bool", "the vCPU was in nested guest mode (L2)"),
 )
 
@@ -111,6 +111,7 @@ VCPU = (
     Column("seen", "bool", "an event of its own has come; else only a kick told of it"),
     Column("cut", "bool", "a part of the recording is missing since its last event"),
     Column("named", "bool", "a VCPU_NEW has told its VM and its id"),
+    Column("dead", "bool", "KVM has given its VM up, and nobody knows which that is"),
     Column("pending", "i8", "its first pending request"),
     Column("kicks", "i8", "the first of what others did to it since its last event"),
     Column("asked", "u8", "requests that were made of its whole VM since then"),
@@ -150,6 +151,7 @@ VM = (
     Column("told", "i8", "which VM it is of those that an event told of, from 1; 0: none has"),
     Column("first_ns", "i8", "when that was"),
     Column("vcpus", "i8", "how many vCPUs were seen"),
+    Column("dead", "bool", "KVM has given it up"),
     Column("cap", "i8", "KVM_CAP_X86_TRIPLE_FAULT_EVENT is on: 1, off: 0, not known: -1"),
     Column("last_ask_ns", f"({KICKABLE},)i8", "when each request of KICKED was last being made of it; -1: never"),
 )
@@ -351,7 +353,7 @@ def page() -> str:
     lines = [
         "# Columns of lifecycles and of shutdown exits",
         "",
-        "One row for each request instance, and one for each KVM_EXIT_SHUTDOWN. Times are CLOCK_MONOTONIC, in ns.",
+        "A row for each request instance, one for each guest that shut down or died. Times are CLOCK_MONOTONIC, ns.",
         "[proof.md](proof.md) tells what the words mean. Written by `python -m analysis.columns`.",
     ]
     for title, columns in (("Lifecycles", FINISHED), ("Shutdown exits", SHUTDOWN)):

@@ -12,10 +12,9 @@ from analysis.events import HALF, NOTHING, READ, STILL, SYNC, Event, holds, sign
 from analysis.memory import NONE, Memory, Record, take
 from analysis.words import Copy
 from probes.requests import TRIPLE_FAULT
-from probes.schema import PAYLOAD_PENDING, STATE_BITS, VALID_TRIPLE_FAULT, Kind
+from probes.schema import PAYLOAD_PENDING, RAN, STATE_BITS, VALID_TRIPLE_FAULT, Kind
 
 _EVENTS = STATE_BITS["events"]
-_RUN = 1  # detail of RUN_EXIT and VCPU_END: the guest was entered since its registers were written
 
 
 @compiled
@@ -139,10 +138,10 @@ def of_vcpu(memory: Memory, vcpu: Record, event: Event) -> None:
         vcpu.restored_ns, vcpu.restored = event.time_ns, event.arg
     elif event.kind == Kind.RUN_EXIT and succeeded(event):
         vcpu.ran = True
-        if event.detail == _RUN or holds(event.before, TRIPLE_FAULT):
+        if event.detail & RAN or holds(event.before, TRIPLE_FAULT):
             _restored(memory, vcpu, event, True)
     elif event.kind == Kind.VCPU_END:
-        _restored(memory, vcpu, event, event.detail == _RUN)
+        _restored(memory, vcpu, event, event.detail & RAN != 0)
     elif event.kind == Kind.RESTORE and event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING:
         # KVM_SET_VCPU_EVENTS that raises a triple fault: the last one counts.
         vcpu.refused_ns, vcpu.refused = (NONE, 0) if succeeded(event) else (event.time_ns, _errno(event))

@@ -19,8 +19,18 @@ else:
     signed = np.int64
 
 #: Flags of an event as plain numbers: compiled code knows no IntFlag.
-CREATED, NESTED, CAP, CAP_EXISTS, SYNC, READ, STILL = (
-    int(flag) for flag in (Flag.CREATED, Flag.NESTED, Flag.CAP, Flag.CAP_EXISTS, Flag.SYNC, Flag.READ, Flag.STILL)
+CREATED, NESTED, CAP, CAP_EXISTS, SYNC, READ, STILL, DEAD = (
+    int(flag)
+    for flag in (
+        Flag.CREATED,
+        Flag.NESTED,
+        Flag.CAP,
+        Flag.CAP_EXISTS,
+        Flag.SYNC,
+        Flag.READ,
+        Flag.STILL,
+        Flag.DEAD,
+    )
 )
 ONE, NOTHING = np.uint64(1), np.uint64(0)
 _LOW = np.uint64(0xFFFF_FFFF)

@@ -9,14 +9,32 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.compiled import compiled
-from analysis.events import CREATED, NESTED, SYNC, Array, Event, holds, low, succeeded
+from analysis.events import CREATED, DEAD, NESTED, SYNC, Array, Event, holds, low, succeeded
 from analysis.memory import Record
 from analysis.words import IOCTLS, SITES, By, Place, Source, Verdict, Why
 from probes.requests import STATE, TRIPLE_FAULT, stateless
-from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Kind, Site
+from probes.schema import (
+    KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
+    PAYLOAD_PENDING,
+    RAN,
+    VALID_TRIPLE_FAULT,
+    Kind,
+    Site,
+    SystemEvent,
+)
 
 # What the last save did to a request.
 NO_SAVE, CARRIED, BLIND, UNSURE = range(4)
+
+_DEATHS = np.array(
+    [
+        (SystemEvent.CRASH, Source.CRASH),
+        (SystemEvent.SEV_TERM, Source.SEV_TERM),
+        (SystemEvent.TDX_FATAL, Source.TDX_FATAL),
+    ],
+    np.int64,
+)
 
 # What keeps a request that a save must keep: probes.requests.State.carried_by, and two sorts that have none.
 BY_FLAG, BY_EVENTS, BY_NOTHING, HARMLESS, UNNAMED = range(5)
@@ -220,9 +238,27 @@ def still_open(lost: int, lost_of_all: bool, blind: bool) -> tuple[int, int]:
 
 @compiled
 def shutdown_source(event: Event) -> int:
-    """What made KVM_EXIT_SHUTDOWN: a request that it took, or hardware (shutdown_interception, handle_triple_fault)."""
-    taken = holds(event.before, TRIPLE_FAULT) and not holds(event.requests, TRIPLE_FAULT)
-    return Source.REQUEST if taken else Source.HARDWARE
+    """What the guest shut down of where KVM_RUN returns, below 0 if it did not.
+
+    KVM_EXIT_SHUTDOWN is a request that it took, or hardware (shutdown_interception, handle_triple_fault).
+    KVM_EXIT_SYSTEM_EVENT is a guest that says so itself: kvm_hv_set_msr_pw (CRASH), sev_handle_vmgexit_msr_protocol
+    (SEV_TERM), tdx_report_fatal_error (TDX_FATAL).
+    """
+    if event.kind != Kind.RUN_EXIT:
+        return -1
+    if event.arg == np.uint64(KVM_EXIT_SHUTDOWN):
+        taken = holds(event.before, TRIPLE_FAULT) and not holds(event.requests, TRIPLE_FAULT)
+        return Source.REQUEST if taken else Source.HARDWARE
+    return _one_of(_DEATHS, event.detail & ~RAN, -1) if event.arg == np.uint64(KVM_EXIT_SYSTEM_EVENT) else -1
+
+
+@compiled
+def given_up(vm: Record, event: Event) -> bool:
+    """KVM has given the VM up (kvm_vm_dead, kvm_vm_bugged): it refuses every ioctl from now on. Told once."""
+    if event.flags & DEAD == 0 or vm.dead:
+        return False
+    vm.dead = True
+    return True
 
 
 # --- 4. Nothing is missing ----------------------------------------------------------------------------------------

@@ -243,11 +243,11 @@ def _finish(
 
 
 @compiled
-def shutdown(memory: Memory, vcpu: Record, event: Event) -> None:
-    """Give out that KVM_RUN returned KVM_EXIT_SHUTDOWN."""
+def shutdown(memory: Memory, vcpu: Record, event: Event, source: int) -> None:
+    """Give out that the guest shut down, or died."""
     place, now = take(memory), memory.now
     row = memory.rows[place]
     row.vm, row.pid, row.vcpu, row.vcpu_number = vcpu.vm, vcpu.pid, vcpu.vcpu, vcpu.number
-    row.time_ns, row.nested, row.source = event.time_ns, rules.in_nested(event), rules.shutdown_source(event)
+    row.time_ns, row.nested, row.source = event.time_ns, rules.in_nested(event), source
     row.next, now.shutdowns = now.shutdowns, place
     now.many_shutdowns += 1

@@ -6,8 +6,6 @@ Compiled; with NUMBA_DISABLE_JIT=1 the same source runs plain. How a stream is c
 
 from __future__ import annotations
 
-import numpy as np
-
 from analysis import alive, cases, copies, exit_rules, order_rules, period_rules, rules, transitions
 from analysis.columns import BROKEN, COPIES, EDGES, ENDED, SHUT
 from analysis.compiled import compiled, each_of
@@ -25,12 +23,12 @@ from analysis.events import (
 )
 from analysis.exit_rules import Counted
 from analysis.memory import NONE, VCPU, VM, Memory, Record, give, look
-from probes.schema import KVM_EXIT_SHUTDOWN, NO_BIT, Kind
+from analysis.words import Source
+from probes.schema import NO_BIT, Kind
 
 # What one event can need at most: requests that rise, what others did about them, cases and breaks, one for each bit;
 # and edges of periods.
 _PLACES = 512
-_SHUTDOWN = np.uint64(KVM_EXIT_SHUTDOWN)
 _ENDED, _SHUT, _BROKEN, _EDGES, _COPIES = (of.names or () for of in (ENDED, SHUT, BROKEN, EDGES, COPIES))
 
 
@@ -132,9 +130,12 @@ def _own(wanted: Record, memory: Memory, counted: Counted, event: Event) -> None
     if wanted.exposure and vcpu.named:
         memory.rows[vcpu.of_vm].cap = 1 if event.flags & CAP and event.flags & CAP_EXISTS else 0
     _requests(wanted, memory, vcpu, event, missing)
-    if event.kind == Kind.RUN_EXIT and event.arg == _SHUTDOWN:
-        transitions.shutdown(memory, vcpu, event)
     copies.of_vcpu(memory, vcpu, event)
+    source = rules.shutdown_source(event)
+    if source >= 0:
+        transitions.shutdown(memory, vcpu, event, source)
+    if rules.given_up(memory.rows[vcpu.of_vm] if vcpu.named else vcpu, event):
+        transitions.shutdown(memory, vcpu, event, Source.VM_DEAD)
     # What a missing part of the recording held is no loss.
     if not (vcpu.cut or (first and memory.now.interrupted)):
         vcpu.gaps += missing

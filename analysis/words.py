@@ -82,10 +82,14 @@ class Why(IntEnum):
 
 
 class Source(IntEnum):
-    """What made KVM_RUN return KVM_EXIT_SHUTDOWN."""
+    """What a guest shut down of, or died of, see :data:`SOURCES`."""
 
     REQUEST = 0
     HARDWARE = 1
+    CRASH = 2
+    SEV_TERM = 3
+    TDX_FATAL = 4
+    VM_DEAD = 5
 
 
 class Copy(IntEnum):
@@ -106,6 +110,15 @@ PLACES: Mapping[str, str] = {
     "kernel": "in KVM_RUN, outside the guest",
     "halted": "asleep in KVM_RUN: it was halted",
     "guest": "in the guest",
+}
+#: Of KVM_EXIT_SHUTDOWN; of KVM_EXIT_SYSTEM_EVENT; and of a VM that KVM itself has given up.
+SOURCES: Mapping[str, str] = {
+    "request": "KVM_REQ_TRIPLE_FAULT",
+    "hardware": "the guest's own triple fault: nothing was pending, nothing could be lost",
+    "crash": "the guest reported its own crash (KVM_SYSTEM_EVENT_CRASH)",
+    "sev_term": "the SEV guest asked to be terminated (KVM_SYSTEM_EVENT_SEV_TERM)",
+    "tdx_fatal": "the TD reported a fatal error (KVM_SYSTEM_EVENT_TDX_FATAL)",
+    "vm_dead": "KVM gave this VM up (KVM_BUG_ON, or its memory went to another VM by SEV intra-host migration)",
 }
 WHYS: Mapping[Why, str] = {
     Why.NOTHING: "",

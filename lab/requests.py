@@ -595,6 +595,7 @@ def hv_reset(stage: Stage) -> None:
     needs=[no_hyperv, no_single_step],
     code=ORDERING,
     vms=2,
+    crashes=((0, 0),),
     about=["hv_crash"],
 )
 def hv_crash(stage: Stage) -> None:

@@ -93,7 +93,7 @@ class Several:
 
 
 class Shutdown(TypedDict):
-    """A KVM_EXIT_SHUTDOWN, and whether a request made it or the guest's own triple fault did."""
+    """A KVM_EXIT_SHUTDOWN, and whether a request made it or the guest's own triple fault did; or a guest's crash."""
 
     vm: int
     vcpu: int
@@ -124,6 +124,8 @@ class Outcome:
     """(VM, vCPU) of each shutdown exit that no request made."""
     several: tuple[Several, ...] = ()
     """What of the other lifecycles is known; each of those counts for the first one that it is like."""
+    crashes: tuple[tuple[int, int], ...] = ()
+    """(VM, vCPU) of each KVM_SYSTEM_EVENT_CRASH."""
 
     @property
     def shutdowns(self) -> list[Shutdown]:
@@ -132,6 +134,7 @@ class Outcome:
         return [
             *(Shutdown(vm=one["vm"], vcpu=one["vcpu"], source="request") for one in delivered),
             *(Shutdown(vm=vm, vcpu=vcpu, source="hardware") for vm, vcpu in self.hardware_shutdowns),
+            *(Shutdown(vm=vm, vcpu=vcpu, source="crash") for vm, vcpu in self.crashes),
         ]
 
     def __str__(self) -> str:
@@ -164,6 +167,7 @@ class Outcome:
                 *((one["vm"], one["vcpu"]) for one in hidden if one["end"] == "delivered"),
             ),
             self.several,
+            self.crashes,
         )
 
 
@@ -209,6 +213,8 @@ class Scenario:
     """What other kernels than new ones make of it."""
     several: tuple[Several, ...] = ()
     """As in Outcome, on new kernels."""
+    crashes: tuple[tuple[int, int], ...] = ()
+    """(VM, vCPU) of each guest that says that it has crashed."""
     others: frozenset[str] = frozenset()
     """The requests that it is about, besides the triple fault: of these, too, it declares everything that there is."""
 
@@ -220,7 +226,7 @@ class Scenario:
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Everything that it can come to, that of new kernels first."""
-        return Outcome(self.expect, self.hardware_shutdowns, self.several), *self.otherwise
+        return Outcome(self.expect, self.hardware_shutdowns, self.several, self.crashes), *self.otherwise
 
     @property
     def outcome(self) -> str:
@@ -765,6 +771,7 @@ def scenario(
     hardware_shutdowns: tuple[tuple[int, int], ...] = (),
     otherwise: tuple[Outcome, ...] = (),
     several: tuple[Several, ...] = (),
+    crashes: tuple[tuple[int, int], ...] = (),
     about: Collection[str] = (),
 ) -> Callable[[Steps], Steps]:
     """Make a scenario of its steps: their name is its name, and the first line of their docstring its title."""
@@ -773,7 +780,20 @@ def scenario(
         name = steps.__name__.rstrip("_")
         title = (steps.__doc__ or "").partition("\n")[0].rstrip(".")
         DECLARED[name] = Scenario(
-            *(name, title, code, tuple(needs), steps, vms, expect, held, hardware_shutdowns, otherwise, several),
+            *(
+                name,
+                title,
+                code,
+                tuple(needs),
+                steps,
+                vms,
+                expect,
+                held,
+                hardware_shutdowns,
+                otherwise,
+                several,
+                crashes,
+            ),
             frozenset(about),
         )
         return steps

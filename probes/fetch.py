@@ -33,6 +33,11 @@ _FIELDS = (
     # As the programs read it, see probes/program.py: the statistic where there is one, else HF_GUEST_MASK.
     ("guest_mode", "kvm_vcpu.stat.guest_mode", True),
     ("hflags", "kvm_vcpu.arch.hflags", True),
+    # As the programs read them, see probes/program.py.
+    ("system_event", "kvm_run.system_event.type", True),
+    ("dead", "kvm.vm_dead", True),
+    ("bugged", "kvm.vm_bugged", True),
+    ("protected", "kvm_vcpu.arch.guest_state_protected", True),
     ("mode", "kvm_vcpu.mode", False),
     ("vcpu_idx", "kvm_vcpu.vcpu_idx", True),
 )
@@ -71,6 +76,12 @@ def _nested(at: Mapping[str, int], name: str, vcpu: str) -> list[str]:
     if "hflags" in at:
         return [f"{name}=+{at['hflags']}({vcpu}):b1@5/32"]
     return []
+
+
+def _dead(at: Mapping[str, int], kvm: str) -> list[str]:
+    """Whether KVM has given the VM up."""
+    name = next((name for name in ("dead", "bugged") if name in at), None)
+    return [f"dead=+{at[name]}({kvm}):u8"] if name else []
 
 
 def _owner(at: Mapping[str, int], kvm: str) -> list[str]:
@@ -112,9 +123,15 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
             f"valid_regs=+{at['valid_regs']}({run}):x64",
             f"flags=+{sync + _EVENTS_FLAGS}({run}):u32",
             f"pending=+{sync + _EVENTS_PENDING}({run}):u8",
+            *_dead(at, f"+{at['kvm']}(%di)"),
+            *([f"system_event=+{at['system_event']}({run}):u32"] if "system_event" in at else ()),
+            *([f"protected=+{at['protected']}(%di):u8"] if "protected" in at else ()),
         ]
-    if program in ("vcpu_create", "vcpu_destroy"):
+    if program == "vcpu_create":
         return [*_known(at, "%di"), f"exits=+{at['exits']}(%di):u64"]
+    if program == "vcpu_destroy":
+        exits = f"exits=+{at['exits']}(%di):u64"
+        return [*_known(at, "%di"), exits, *_dead(at, f"+{at['kvm']}(%di)")]
     if program in ("vcpu_reset", "get_events"):
         return _vcpu(at, "%di")
     if program == "set_events":

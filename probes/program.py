@@ -48,6 +48,14 @@ _FIELDS = (
     ("OFFSET_DX", "pt_regs.dx", False),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
     ("OFFSET_TRIPLE_FAULT_EVENT", "kvm.arch.triple_fault_event", True),
+    ("OFFSET_SYSTEM_EVENT", "kvm_run.system_event.type", True),
+    # Linux commit 0b8f11737cff ("KVM: Add infrastructure and macro to mark VM as bugged") (in v5.15, and in 5.10's
+    # updates); newer kernels have vm_dead besides, which each VM that is bugged is, too.
+    ("OFFSET_VM_DEAD", "kvm.vm_dead", True),
+    ("OFFSET_VM_BUGGED", "kvm.vm_bugged", True),
+    # An SEV-ES guest, whose registers KVM cannot read ("KVM: SVM: Add required changes to support intercepts under
+    # SEV-ES", in v5.11).
+    ("OFFSET_STATE_PROTECTED", "kvm_vcpu.arch.guest_state_protected", True),
     # A statistic that is 1 while the vCPU runs L2 ("KVM: nVMX: nSVM: Add a new VCPU statistic to show if VCPU is in
     # guest mode", after v5.10). Kernels before it have a flag in hflags, which then was bit 5; it moved later, so it is
     # not asked where the statistic is there.
@@ -80,6 +88,7 @@ class Settings:
 
     watched: int  # mask of requests
     cpus: int  # one more than the highest number of a CPU
+    dead: int = 0  # mask of the requests by which KVM gives a VM up: they are watched, whatever is asked for
     full: bool = False  # send every boundary
     filtered: bool = False  # only processes in the map `filter`
     ring_bytes: int = 32 << 20
@@ -132,7 +141,8 @@ def source(
     by which the tracepoint engine knows a vCPU's file from another one; ``modules`` tells where the functions are.
     """
     constants = {
-        "WATCHED": f"{settings.watched:#x}ULL",
+        "WATCHED": f"{settings.watched | settings.dead:#x}ULL",
+        "DEAD": f"{settings.dead:#x}ULL",
         "FULL": str(int(settings.full)),
         "KICKS": str(int("kicks.c" in _FULL[plan.engine])),
         "UNREADABLE": f"{UNREADABLE:#x}",
@@ -147,7 +157,7 @@ def source(
         "MAX_VMS": str(settings.max_vms),
         "TRIPLE_FAULT": str(TRIPLE_FAULT),
         **{f"FINGERPRINT_KEY{number}": f"{secrets.randbits(64):#x}ULL" for number in range(2)},
-        # Whether all that is watched is only ever raised by the vCPU's own ioctls; in detail full all is read.
+        # Whether all that is asked for is only ever raised by the vCPU's own ioctls; in detail full all is read.
         "OWN_ONLY": str(int(settings.watched == 1 << TRIPLE_FAULT and not settings.full)),
         **{f"{name.upper()}": f"{address:#x}ULL" for name, address in symbols.items()},
         **{name: str(offset) for name, offset in found.items()},

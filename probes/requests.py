@@ -35,6 +35,11 @@ class Names(NamedTuple):
     exact: bool  # whether that is the kernel's own release, and no vendor's build of it
     flags: Mapping[str, frozenset[str]]  # name -> KVM_REQUEST_* without the prefix: NO_WAKEUP, WAIT, NO_ACTION
 
+    @property
+    def dead(self) -> int:
+        """Return the mask of the requests that KVM makes of each vCPU of a VM that it gives up."""
+        return sum(1 << bit for bit, name in self.by_bit.items() if name in ("vm_dead", "vm_bugged"))
+
     def doubt(self, shown: Iterable[str]) -> str:
         """Say which of the names that are shown may be wrong; empty if none may."""
         return "" if self.exact else doubt(self.table, shown)

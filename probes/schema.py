@@ -59,7 +59,7 @@ class Kind(IntEnum):
     """
 
     VCPU_NEW = 1  # first sight of a vCPU (Flag.CREATED: its creation); arg: vcpu_id; detail: number of its VM
-    VCPU_END = 2  # nothing can run or save the vCPU any more; arg: an End; detail: as that of RUN_EXIT
+    VCPU_END = 2  # nothing can run or save the vCPU any more; arg: an End; detail: RAN, as of RUN_EXIT
     VMM_EXIT = 3  # vcpu 0: every vCPU of pid has ended; arg: an End
     VM_CAP = 4  # vcpu 0: KVM_CAP_X86_TRIPLE_FAULT_EVENT was set; arg: 0 or 1; detail: number of the VM
     IOCTL_ENTER = 5  # a vCPU ioctl begins, other than KVM_RUN; arg: cmd
@@ -67,8 +67,9 @@ class Kind(IntEnum):
     SAVE = 7  # KVM_GET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
     RESTORE = 8  # KVM_SET_VCPU_EVENTS returned; arg: cmd | errno << 32; detail: see payload()
     RUN_ENTER = 9  # KVM_RUN begins
-    RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32; detail: 1 where the guest
-    #                was entered for the first time since its registers were WRITTEN, or a RESTORE of it failed
+    RUN_EXIT = 10  # KVM_RUN returns to user space; arg: exit_reason | errno << 32; detail: of KVM_EXIT_SYSTEM_EVENT its
+    #                type, a SystemEvent; and RAN, where the guest was entered for the first time since its registers
+    #                were WRITTEN, or a RESTORE of it failed
     RESET = 11  # the vCPU was reset: kvm_vcpu_reset, or registers written in real mode by user space; arg: cmd or 0
     SITE = 12  # inside KVM, after a function that raises, clears or explains a request; arg: a Site
     # From here on in detail full only.
@@ -89,6 +90,9 @@ class Kind(IntEnum):
     WRITTEN = 21  # since the vCPU last ran user space has written RESTORED_STATE of it, or a part of that again,
     #               and not what it had read; arg and detail: as of READ
 
+
+#: In ``detail`` of RUN_EXIT and VCPU_END.
+RAN = 1 << 16
 
 #: Events about a vCPU from another thread. They have no sequence number and stand apart from its own: the word that
 #: they hold is as that thread saw it, ``before`` the same, and the next event of the vCPU does not know of them.
@@ -116,6 +120,7 @@ class Flag(IntFlag):
     SYNC = 16  # the save went through kvm_run (KVM_SYNC_X86_EVENTS), not through the ioctl
     READ = 32  # before the hook, and since the vCPU last ran, user space has read SAVED_STATE of it
     STILL = 64  # it was there when tracing began and has not run since: what was read of it before, nobody saw
+    DEAD = 128  # KVM has given the VM up (kvm->vm_dead, kvm->vm_bugged): it refuses every ioctl from now on
 
 
 class End(IntEnum):
@@ -181,6 +186,15 @@ PAYLOAD_PENDING = 1 << 16
 
 # enum of KVM_EXIT_* (uapi linux/kvm.h), stable ABI.
 KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_SYSTEM_EVENT = 24
+
+
+class SystemEvent(IntEnum):
+    """Types of KVM_EXIT_SYSTEM_EVENT with which a guest ends, or says that it has: KVM_SYSTEM_EVENT_* (uapi)."""
+
+    CRASH = 3  # a Hyper-V guest's own report
+    SEV_TERM = 6  # an SEV-ES or SEV-SNP guest asks to be terminated (GHCB MSR protocol)
+    TDX_FATAL = 7  # a TD reports a fatal error (TDG.VP.VMCALL<ReportFatalError>)
 
 
 def requested(arg: Any) -> Any:
@@ -207,6 +221,7 @@ def c_constants() -> str:
     ) + "".join(
         f"#define {name} {value:#x}\n"
         for name, value in (
+            ("RAN", RAN),
             ("STATE_MSRS", STATE_BITS["msrs"]),
             ("SAVED_STATE", SAVED_STATE),
             ("RESTORED_STATE", RESTORED_STATE),

@@ -49,7 +49,7 @@ COLUMNS: Mapping[str, str] = {
     "kind": "what was hooked: the name of a schema.Kind in lower case",
     "requests": "the requests that are pending, by name (bit_N: one that the recording does not name)",
     "before": "those that were pending at since_ns (neither in request_all nor in request_all_end)",
-    "flags": "what holds: created, nested, cap, cap_exists, sync, read, still",
+    "flags": "what holds: created, nested, cap, cap_exists, sync, read, still, dead (KVM has given the VM up)",
     "vm": "number of the VM (vcpu_new, vm_cap, request_all, request_all_end)",
     "vcpu_id": "KVM's own number of the vCPU (vcpu_new)",
     "cap": "whether KVM_CAP_X86_TRIPLE_FAULT_EVENT is on (vm_cap): 0 or 1",

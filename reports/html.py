@@ -69,7 +69,7 @@ def page(sources: Sequence[Source]) -> str:
 def _part(source: Source, prefix: str) -> dict[str, Any]:
     judgement, guests, clock = source.judgement, source.guests, source.clock
     exposure = pictures.exposed(source)
-    own = judgement.shutdowns[judgement.shutdowns["source"] == "hardware"]
+    own = judged.other_shutdowns(judgement)
     return {
         "id": prefix,
         "headline": judged.headline(judgement),
@@ -132,9 +132,11 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
                 "guest": judged.guest_of(row, guests).name,
                 "vcpu": row["vcpu"],
                 "time": clock.when(row["time_ns"]),
+                "source": row["source"],
             }
             for row in records(own.head(MOST_ROWS))
         ],
+        "sources": judged.sources_told(own),
         "more_shutdowns": max(len(own) - MOST_ROWS, 0),
         "exposure": [(guest, survives(guest)) for guest in exposure[:_MOST_GUESTS]],
         "more_exposure": max(len(exposure) - _MOST_GUESTS, 0),

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.verdicts import ENDS
+from analysis.words import SOURCES
 from probes.requests import BITS, bit_name, doubt, stateless
 from reports.document import records
 from reports.words import Clock, clip, duration, guest, plural, shown
@@ -167,6 +168,17 @@ def requests_watched(names: Sequence[str]) -> str:
     if rest > 1:
         return ", ".join([*named, plural(rest, "bit without a name", "bits without a name")])
     return ", ".join(shown(str(name)) for name in names)
+
+
+def other_shutdowns(judgement: Judgement) -> pd.DataFrame:
+    """Return the shutdowns and deaths that no request made, by the guest, by KVM, or by neither."""
+    return judgement.shutdowns[judgement.shutdowns["source"] != "request"]
+
+
+def sources_told(shutdowns: pd.DataFrame) -> list[str]:
+    """Return what each source means that there is, in the order of analysis.words.SOURCES."""
+    there = set(map(str, shutdowns["source"].unique()))
+    return [f"{source}: {meaning}" for source, meaning in SOURCES.items() if source in there]
 
 
 def guests(vms: pd.DataFrame) -> dict[int, Guest]:

@@ -450,12 +450,16 @@ class _Trace:
 
     def _shutdowns(self, shutdowns: Table) -> list[bytes]:
         table = shutdown_table(in_order(shutdowns, "vcpu_number"))
-        track = _uuid(_MARKS, table["vcpu_number"].to_numpy().astype("i8"))
-        arguments = {
-            "source": table["source"].to_numpy().astype(object),
-            "nested": table["nested"].to_numpy().astype(bool),
-        }
-        return [self._events(_INSTANT, track, "shutdown exit", "mark", table["time_ns"].to_numpy(), arguments)]
+        parts = []
+        exits = table["source"].isin(("request", "hardware"))
+        for name, rows in (("shutdown exit", table[exits]), ("guest died", table[~exits])):
+            track = _uuid(_MARKS, rows["vcpu_number"].to_numpy().astype("i8"))
+            arguments = {
+                "source": rows["source"].to_numpy().astype(object),
+                "nested": rows["nested"].to_numpy().astype(bool),
+            }
+            parts.append(self._events(_INSTANT, track, name, "mark", rows["time_ns"].to_numpy(), arguments))
+        return parts
 
     def _losses(self, loss: Loss, until_ns: int) -> list[bytes]:
         if loss == self._loss:

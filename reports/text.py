@@ -22,7 +22,9 @@ from reports.judged import (
     headline,
     losses,
     names_remark,
+    other_shutdowns,
     outcome,
+    sources_told,
     unseen,
     watched,
     where,
@@ -345,16 +347,19 @@ def bounds(row: Mapping[str, Any], quantile: str) -> str:
 
 
 def _shutdowns(judgement: Judgement) -> Iterator[str]:
-    own = judgement.shutdowns[judgement.shutdowns["source"] == "hardware"]
+    own = other_shutdowns(judgement)
     if not own.empty:
         yield "Shutdowns that no request made"
         known = guests(judgement.vms)
         clock = Clock(judgement.meta["clock"])
         table = [
-            [guest_of(row, known).name, str(row["vcpu"]), clock.when(row["time_ns"])]
+            [guest_of(row, known).name, str(row["vcpu"]), clock.when(row["time_ns"]), str(row["source"])]
             for row in records(own.head(MOST_ROWS))
         ]
-        yield from columns([Column("guest", least=8), Column("vCPU", right=True), Column("UTC")], table)
+        layout = [Column("guest", least=8), Column("vCPU", right=True), Column("UTC"), Column("source")]
+        yield from columns(layout, table)
+        for line in sources_told(own):
+            yield from wrap(line, first="  ")
         if len(own) > MOST_ROWS:
             yield f"  and {plural(len(own) - MOST_ROWS, 'more', 'more')}, with --format json"
 

@@ -210,7 +210,7 @@ class Engine:
             ) from error
         host.forget_addresses()
         self.vcpus = Vcpus(
-            watched=settings.watched,
+            watched=settings.watched | settings.dead,
             cap_exists="triple_fault_event" in self._at,
             full=settings.full,
             pids=frozenset(pids),

@@ -145,10 +145,12 @@ class Recorder:
         self.plan = chosen.plan
         clock = host.clock_pair()
         kvm = host.kvm()
+        table = requests.names(host.release())
         self._engine: Engine = open_engine(
             chosen.plan,
             Settings(
                 watched=sum(1 << bit for bit in names),
+                dead=table.dead,
                 cpus=host.possible_cpus(),
                 full=self.wish.full,
                 filtered=bool(self.wish.pids),
@@ -159,7 +161,6 @@ class Recorder:
         try:
             self._engine.attach()
             self._modules = host.kvm_modules()
-            table = requests.names(host.release())
             self.notes += doubts(names, table)
             self._plan_lines = self._engine.plan.as_json()
             self._writer = Writer(

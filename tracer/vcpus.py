@@ -6,6 +6,7 @@ Records must come in the order of their times; those of one thread, and those of
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +16,10 @@ from probes.fetch import EXCEPTING, MASKED, PRESERVED, called
 from probes.requests import TRIPLE_FAULT
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
     PAYLOAD_FLAGS,
     PAYLOAD_PENDING,
+    RAN,
     RESTORED_STATE,
     SAVED_STATE,
     STATE_BITS,
@@ -105,6 +108,7 @@ class _Reading:
     word: int
     cap: int
     nested: int
+    dead: int = 0
 
 
 @dataclass(slots=True)
@@ -118,6 +122,7 @@ class _Inside:
     payload: int | None = None  # what KVM_SET_VCPU_EVENTS was given, or KVM_GET_VCPU_EVENTS gave
     ran: bool = False  # the guest was entered
     sync: tuple[int, int] = (0, 0)  # kvm_run's valid registers, and the events that it holds
+    system_event: int = 0  # what kvm_run holds as the type of one
 
 
 @dataclass(slots=True)
@@ -226,6 +231,8 @@ class Vcpus:
         before = state.last_ns, state.word
         state.last_ns, state.word = reading.time_ns, reading.word
         self.boundaries += 1
+        if reading.dead:
+            state.flags |= Flag.DEAD
         changed = (reading.word ^ before[1]) & self.watched
         if changed or send_if == _ALWAYS or reading.word & send_if or self.full:
             state.seen = self._live(state, reading) | flags
@@ -244,7 +251,8 @@ class Vcpus:
 
     def _reading(self, record: Any, time_ns: int) -> _Reading:
         # A kernel without the capability, or without the statistic, has no such fetch argument.
-        return _Reading(time_ns, record.requests, getattr(record, "cap", 0), getattr(record, "nested", 0))
+        held = (getattr(record, name, 0) for name in ("cap", "nested", "dead"))
+        return _Reading(time_ns, record.requests, *held)
 
     def _number(self) -> int:
         self._numbers += 1
@@ -345,7 +353,9 @@ class Vcpus:
         inside.reading = self._reading(record, time_ns)
         if inside.cmd == KVM_RUN:
             inside.ran = ran
-            inside.sync = record.valid_regs, _payload(record.flags, record.pending)
+            valid = 0 if getattr(record, "protected", 0) else record.valid_regs  # KVM then writes none (store_regs)
+            inside.sync = valid, _payload(record.flags, record.pending)
+            inside.system_event = getattr(record, "system_event", 0)
             return
         if state is None:
             return
@@ -448,12 +458,15 @@ class Vcpus:
         if state is None:
             return
         error = record.errno
-        send_if = _ALWAYS if record.reason == KVM_EXIT_SHUTDOWN and not error else self.watched
+        event = inside.system_event if record.reason == KVM_EXIT_SYSTEM_EVENT and not error else 0
+        shutdown = record.reason == KVM_EXIT_SHUTDOWN and not error
+        given_up = inside.reading.dead and error == -errno.EIO  # vcpu_enter_guest took the request for that
+        send_if = _ALWAYS if shutdown or event or given_up else self.watched
         who = record.common_pid, cpu
         restored = state.refused and inside.ran
         if restored:
             state.refused, send_if = False, _ALWAYS
-        what = Kind.RUN_EXIT, record.reason | _errno(error), int(restored)
+        what = Kind.RUN_EXIT, record.reason | _errno(error), event | RAN * restored
         self._boundary(state, inside.reading, what, who, send_if)
         valid, events = inside.sync
         if state.word & self.watched and valid & _KVM_SYNC_X86_EVENTS:

@@ -81,7 +81,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;		/* attached while this thread was inside: the next boundary will tell */
 	vcpu = in->vcpu;
 	in->vcpu = 0;
-	if (OWN_ONLY && in->last_vcpu == vcpu && nothing_happened(in, reason))
+	if (OWN_ONLY && in->last_vcpu == vcpu && nothing_happened(in, reason, EXIT_ERRNO(ctx)))
 		return 0;
 	state = vcpus.lookup(&vcpu);
 	if (state)

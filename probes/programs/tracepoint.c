@@ -484,7 +484,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	if ((u32)arguments.si != KVM_RUN || arguments.orig_ax != __NR_ioctl)
 		return 0;			/* a 32-bit process: the plan says that it is not traced */
 	fd = arguments.di;
-	if (OWN_ONLY && in && !in->vcpu && in->fd == fd && nothing_happened(in, reason))
+	if (OWN_ONLY && in && !in->vcpu && in->fd == fd && nothing_happened(in, reason, EXIT_ERRNO(ctx)))
 		return 0;
 	if (!asked_for(bpf_get_current_pid_tgid() >> 32))
 		return 0;

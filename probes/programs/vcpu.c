@@ -16,6 +16,8 @@
 #define KVM_ENABLE_CAP		0x4068aea3
 #define KVM_CAP_X86_TRIPLE_FAULT_EVENT	218
 #define KVM_EXIT_SHUTDOWN	8
+#define KVM_EXIT_SYSTEM_EVENT	24
+#define EIO			5
 #define KVM_SYNC_X86_EVENTS	4
 #define X86_CR0_PE		1
 #define HF_GUEST_MASK		(1 << 5)	/* asm/kvm_host.h, as long as there is no statistic for it */
@@ -240,6 +242,18 @@ static inline void forget_if_ran(struct vcpu_state *state, u64 vcpu)
 	state->still = 0;
 }
 
+/* Whether KVM has given the VM of a vCPU up, which is alive. */
+static inline void notice_death(struct vcpu_state *state)
+{
+#if defined(OFFSET_VM_DEAD)
+	if (read_u8(state->kvm + OFFSET_VM_DEAD))
+		state->flags |= FLAG_DEAD;
+#elif defined(OFFSET_VM_BUGGED)
+	if (read_u8(state->kvm + OFFSET_VM_BUGGED))
+		state->flags |= FLAG_DEAD;
+#endif
+}
+
 /* What holds now. Only for a vCPU that is alive: this reads its memory and its VM's. */
 static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 {
@@ -366,6 +380,8 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 	count(COUNT_BOUNDARIES);
 	if (OWN_ONLY && ((reading.word ^ reading.before) & WATCHED))
 		new_epoch();		/* all that use it are left out otherwise */
+	if (reading.word & DEAD)
+		notice_death(state);	/* the bit alone does not tell: vendors' kernels have others there */
 	if (FULL || send_if == ALWAYS || ((reading.word ^ reading.before) & WATCHED) || (reading.word & send_if))
 		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
 }
@@ -457,7 +473,7 @@ static inline u32 ran_restored(struct vcpu_state *state, u64 vcpu)
 	if (!state->restored || read_u64(vcpu + OFFSET_EXITS) + 1 == state->restored)
 		return 0;
 	state->restored = 0;
-	return 1;
+	return RAN;
 }
 
 /* Whether the user asked for this process; a process that the tracer looks up on its behalf counts as itself. */
@@ -555,6 +571,7 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
 {
 	new_epoch();
+	notice_death(state);
 	boundary(state, vcpu, KIND_VCPU_END, how, ran_restored(state, vcpu), ALWAYS);
 	forget_vcpu(state, vcpu);
 }
@@ -670,14 +687,35 @@ static inline void leave(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in
 		end_vcpu(state, vcpu, END_CLOSED);
 }
 
+/* Whether KVM cannot read the registers of this vCPU: then it leaves those of kvm_run as they are (store_regs). */
+static inline int is_protected(u64 vcpu)
+{
+#ifdef OFFSET_STATE_PROTECTED
+	return read_u8(vcpu + OFFSET_STATE_PROTECTED);
+#else
+	return 0;
+#endif
+}
+
 /* KVM_RUN returns to user space. */
 static inline void end_of_run(struct vcpu_state *state, u64 vcpu, u32 reason, int error)
 {
-	u32 restored = ran_restored(state, vcpu);
-	u64 send_if = restored || (reason == KVM_EXIT_SHUTDOWN && !error) ? ALWAYS : WATCHED;
+	u32 ran = ran_restored(state, vcpu), type = 0;
+	u64 send_if = ran || (reason == KVM_EXIT_SHUTDOWN && !error) ? ALWAYS : WATCHED;
 
-	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, restored, send_if);
-	if (state->word & WATCHED) {
+#ifdef OFFSET_SYSTEM_EVENT
+	if (reason == KVM_EXIT_SYSTEM_EVENT && !error) {
+		type = read_u32(read_u64(vcpu + OFFSET_RUN) + OFFSET_SYSTEM_EVENT);
+		send_if = ALWAYS;
+	}
+#endif
+	if (error == -EIO) {
+		notice_death(state);	/* vcpu_enter_guest took the request, and gives up */
+		if (state->flags & FLAG_DEAD)
+			send_if = ALWAYS;
+	}
+	boundary(state, vcpu, KIND_RUN_EXIT, reason | (u64)(u32)error << 32, type | ran, send_if);
+	if (state->word & WATCHED && !is_protected(vcpu)) {
 		/* A VMM that has its registers in kvm_run gets the events with them: that is a save, too. */
 		u64 run = read_u64(vcpu + OFFSET_RUN);
 
@@ -749,9 +787,10 @@ static inline void cap_set(u64 kvm)
  * The hot path of KVM_RUN's end: when this thread's last one ended nothing was pending, no vCPU or descriptor of one has
  * come or gone since, so this is the same vCPU; and nothing is pending now.
  */
-static inline int nothing_happened(struct in_ioctl *in, u32 reason)
+static inline int nothing_happened(struct in_ioctl *in, u32 reason, int error)
 {
-	if (!in->last_vcpu || in->pending || in->epoch != current_epoch() || reason == KVM_EXIT_SHUTDOWN)
+	if (!in->last_vcpu || in->pending || in->epoch != current_epoch() || reason == KVM_EXIT_SHUTDOWN ||
+	    reason == KVM_EXIT_SYSTEM_EVENT || error == -EIO)
 		return 0;
 	if (read_u64(in->last_vcpu + OFFSET_REQUESTS) & WATCHED)
 		return 0;

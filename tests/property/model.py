@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
     PAYLOAD_PENDING,
     REQUEST_FLAGS,
     RESTORED_STATE,
@@ -52,6 +53,7 @@ class Guest:
     exited: bool = False
     state: int = 0  # what user space has read of it since it ran
     still: bool = False
+    dead: bool = False
 
     @property
     def flags(self) -> int:
@@ -62,6 +64,7 @@ class Guest:
             | Flag.NESTED * self.nested
             | saved
             | Flag.STILL * self.still
+            | Flag.DEAD * self.dead
         )
 
 
@@ -167,10 +170,15 @@ class Machine:
                 reason = KVM_EXIT_SHUTDOWN
         elif choice & 240 == 240:
             reason = KVM_EXIT_SHUTDOWN  # the hardware's
+        elif choice & 240 == 80:
+            reason = KVM_EXIT_SYSTEM_EVENT
+        guest.dead |= choice & 255 == 49
         error = EIO if choice & 112 == 112 and reason != KVM_EXIT_SHUTDOWN else 0
+        told = reason in (KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT) and not error
         self.boundary(
-            guest, Kind.RUN_EXIT, reason | error, always=reason == KVM_EXIT_SHUTDOWN and not error, pending=True
-        )
+            guest, Kind.RUN_EXIT, reason | error, choice & 7 if reason == KVM_EXIT_SYSTEM_EVENT else 0,
+            always=told or guest.dead, pending=True,
+        )  # fmt: skip
         if choice & 96 == 96 and guest.word & WATCHED:
             self.boundary(guest, Kind.SAVE, GET_EVENTS, self.payload(guest), flags=Flag.SYNC)
 

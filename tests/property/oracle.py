@@ -12,6 +12,7 @@ from probes.requests import STATE, STATELESS
 from probes.schema import (
     FIELDS,
     KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
     PAYLOAD_PENDING,
     REQUEST_FLAGS,
     STATE_BITS,
@@ -41,6 +42,7 @@ _IOCTLS = {
     0xAE9A: "nmi",
     0xAEB7: "smi",
 }
+_SYSTEM_EVENTS = {3: "crash", 6: "sev_term", 7: "tdx_fatal"}  # KVM_SYSTEM_EVENT_*
 _SITES = {
     Site.EXCEPTION: "exception",
     Site.RSM: "rsm",
@@ -156,6 +158,7 @@ class Oracle:
     lifecycles: list[Row] = field(default_factory=list)
     shutdowns: list[Row] = field(default_factory=list)
     interrupted: bool = False
+    dead: set[tuple[str, int]] = field(default_factory=set)  # VMs that KVM has given up, and vCPUs of unknown ones
 
     def run(self, stream: Iterable[Event | None]) -> None:
         """Take a whole recording; None stands for a part of it that is missing."""
@@ -236,17 +239,13 @@ class Oracle:
             self.transition(vcpu, bit, event, missing != 0 or vcpu.cut)
         if event.kind == Kind.RUN_EXIT and event.arg == KVM_EXIT_SHUTDOWN:
             taken = event.before >> 10 & 1 and not event.requests >> 10 & 1
-            self.shutdowns.append(
-                {
-                    "vm": vcpu.vm,
-                    "pid": vcpu.pid,
-                    "vcpu": vcpu.vcpu,
-                    "vcpu_number": vcpu.number,
-                    "time_ns": event.time_ns,
-                    "source": "request" if taken else "hardware",
-                    "nested": bool(event.flags & Flag.NESTED),
-                }
-            )
+            self.died(vcpu, event, "request" if taken else "hardware")
+        if event.kind == Kind.RUN_EXIT and event.arg == KVM_EXIT_SYSTEM_EVENT and event.detail in _SYSTEM_EVENTS:
+            self.died(vcpu, event, _SYSTEM_EVENTS[event.detail])
+        whose = ("vm", vcpu.vm) if vcpu.vm else ("vcpu", vcpu.number)
+        if event.flags & Flag.DEAD and whose not in self.dead:
+            self.dead.add(whose)
+            self.died(vcpu, event, "vm_dead")
         if not (vcpu.cut or (first and self.interrupted)):
             vcpu.gaps += missing
         vcpu.seq, vcpu.word, vcpu.last_ns, vcpu.cut = event.seq, event.requests, event.time_ns, False
@@ -271,6 +270,19 @@ class Oracle:
             request.saves += outcome == "carried"
             request.blind_saves += outcome == "blind"
             request.last_save = outcome
+
+    def died(self, vcpu: Vcpu, event: Event, source: str) -> None:
+        self.shutdowns.append(
+            {
+                "vm": vcpu.vm,
+                "pid": vcpu.pid,
+                "vcpu": vcpu.vcpu,
+                "vcpu_number": vcpu.number,
+                "time_ns": event.time_ns,
+                "source": source,
+                "nested": bool(event.flags & Flag.NESTED),
+            }
+        )
 
     def transition(self, vcpu: Vcpu, bit: int, event: Event, hole: bool) -> None:
         known, before, now = (bool(word >> bit & 1) for word in (vcpu.word, event.before, event.requests))

@@ -114,6 +114,25 @@ def test_shutdown_of_the_hardware() -> None:
 
 
 @pytest.mark.parametrize(
+    ("type_", "sources"), [(3, ["crash"]), (6, ["sev_term"]), (7, ["tdx_fatal"]), (2, []), (0, [])]
+)
+def test_deaths_that_are_no_shutdown_exit(type_: int, sources: list[str]) -> None:
+    """KVM_EXIT_SYSTEM_EVENT by its type; a reset is none, nor is one that the recording does not tell the type of."""
+    assert Tape().add(Kind.RUN_EXIT, 0, 24, type_).feed().shutdowns["source"].tolist() == sources
+    assert not len(Tape().add(Kind.RUN_EXIT, 0, 24 | EIO, type_).feed().shutdowns), "what kvm_run held before"
+    assert not len(Tape().add(Kind.RUN_EXIT, 0, 5, type_).feed().shutdowns)
+
+
+def test_a_vm_that_kvm_gave_up_is_told_once() -> None:
+    """However many of its events say so."""
+    finished = Tape().raised().add(Kind.RUN_EXIT, None, 5 | EIO, flags=Flag.DEAD).ended().feed()
+    assert finished.lifecycles["end"].tolist() == ["abandoned"]
+    again = Tape().add(Kind.RUN_EXIT, 0, 5 | EIO, flags=Flag.DEAD).add(Kind.VCPU_END, None, 4, flags=Flag.DEAD)
+    for shutdowns in (finished.shutdowns, again.feed().shutdowns):
+        assert shutdowns[["vm", "source"]].to_dict("records") == [{"vm": 7, "source": "vm_dead"}]
+
+
+@pytest.mark.parametrize(
     ("saves", "end"),
     [
         ((), "abandoned"),

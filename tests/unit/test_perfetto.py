@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from probes.schema import EVENT, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, SCHEMA_VERSION, VALID_TRIPLE_FAULT, End, Flag, Kind
+from probes.schema import (
+    EVENT,
+    KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
+    PAYLOAD_PENDING,
+    SCHEMA_VERSION,
+    VALID_TRIPLE_FAULT,
+    End,
+    Flag,
+    Kind,
+    SystemEvent,
+)
 from reports import perfetto
 from tests.traces import MONOTONIC, REALTIME, Trace, needs_trace_processor, processor, read
 from tracer.loss import Loss, VcpuLoss
@@ -282,19 +293,22 @@ def test_marks(tmp_path: Path) -> None:
             (Kind.RESET, {"requests": TF}),
             (Kind.RUN_EXIT, {"arg": KVM_EXIT_SHUTDOWN}),
             (Kind.RUN_EXIT, {"arg": KVM_EXIT_SHUTDOWN}),
+            (Kind.RUN_EXIT, {"arg": KVM_EXIT_SYSTEM_EVENT, "detail": SystemEvent.SEV_TERM}),
             (Kind.VCPU_END, {"arg": End.DESTROYED}),
         ]
     )
     trace = traced(recorded(tmp_path, events))
     marks = [each for each in trace.instants if each.track == ("web\\n$ #7", "vCPU 3", perfetto.MARKS)]
-    assert len(marks) == len(trace.instants) == 10
+    assert len(marks) == len(trace.instants) == 11
     assert [(each.begin_ns, each.name) for each in sorted(marks, key=lambda each: each.begin_ns)] == [
         (2100, "save"), (2200, "restore"), (2300, "save"), (2400, "failed save"), (2500, "failed restore"),
-        (2600, "reset"), (2700, "reset"), (2800, "shutdown exit"), (2900, "shutdown exit"), (3000, "vCPU ends"),
+        (2600, "reset"), (2700, "reset"), (2800, "shutdown exit"), (2900, "shutdown exit"), (3000, "guest died"),
+        (3100, "vCPU ends"),
     ]  # fmt: skip
     assert [each.arguments["errno"] for each in trace.named("failed save")] == [4]
     assert [each.arguments["by"] for each in trace.named("reset")] == ["SET_SREGS", "KVM"]
     assert [each.arguments["source"] for each in trace.named("shutdown exit")] == ["request", "hardware"]
+    assert [each.arguments["source"] for each in trace.named("guest died")] == ["sev_term"]
     assert trace.named("vCPU ends")[0].arguments == {"how": "destroyed"}
     assert trace.named("save")[1].arguments == {
         "errno": 0, "payload_flags": VALID_TRIPLE_FAULT, "payload_pending": True, "triple_fault": True,

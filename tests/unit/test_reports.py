@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import os
+import re
 import stat
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +33,7 @@ from analysis.latency import bounds
 from analysis.ordering import Ordered, Ordering
 from analysis.promises import RULES
 from analysis.saves import Saves
-from analysis.words import PLACES
+from analysis.words import PLACES, SOURCES
 from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words
@@ -314,7 +316,7 @@ def everything() -> Any:
     return judgement(
         rows,
         vms,
-        shutdowns=[hardware, {**hardware, "source": "request"}],
+        shutdowns=[hardware, {**hardware, "source": "request"}, {**hardware, "source": "vm_dead"}],
         loss=Loss(ring_full=31, missed=2, vcpus={7: VcpuLoss(31, START_NS, START_NS + 5)}),
         left_out=["segment-000007.parquet: its checksum is wrong"],
         clean=False,
@@ -617,6 +619,20 @@ def test_names_that_are_another_release_s_are_never_silent(exact: bool | None) -
     for written in (text.report(source(found)), html.page([source(found)])):
         assert ("Linux 7.77" in written) == (exact is False)
     assert document.document(found)["recording"]["requests_table_exact"] is exact
+
+
+def test_each_shutdown_that_no_request_made_says_what_of() -> None:
+    """And what that means, once."""
+    died = {
+        "vm": 1, "pid": 4_001, "vcpu": 0, "vcpu_number": 1, "time_ns": START_NS, "source": "request", "nested": False,
+    }  # fmt: skip
+    others = [{**died, "source": source} for source in SOURCES if source != "request"]
+    found = judgement([lifecycle(1, "delivered")], [vm(1)], shutdowns=[died, *others, *others])
+    for written in (text.report(source(found)), html.page([source(found)])):
+        plain = " ".join(unescape(re.sub(r"<[^>]*>", " ", written)).split())
+        for name, meaning in SOURCES.items():
+            assert plain.count(f"{name}: {' '.join(meaning.split()[:3])}") == (name != "request")
+    assert [row["source"] for row in document.document(found)["shutdowns"]] == ["request", *[*SOURCES][1:] * 2]
 
 
 def test_names_that_cannot_be_wrong_are_not_doubted() -> None:

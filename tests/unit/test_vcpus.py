@@ -108,6 +108,27 @@ def test_a_save_tells_what_it_gave(cap: int, read: tuple[int, int] | None, detai
     assert (save["kind"], save["arg"], save["detail"]) == (Kind.SAVE, KVM_GET_VCPU_EVENTS, detail)
 
 
+def test_a_system_event_tells_its_type() -> None:
+    """Where KVM_RUN did not fail: else kvm_run holds what it held before."""
+    stream = Stream()("vcpu_create").run(24, errno=-4, system_event=3).run(24, system_event=3).run(5, system_event=3)
+    assert [(one["kind"], one["arg"], one["detail"]) for one in stream.events[1:]] == [(Kind.RUN_EXIT, 24, 3)]
+
+
+def test_a_vm_that_kvm_gives_up_is_told_where_kvm_run_fails_and_at_its_end() -> None:
+    """Whatever is watched; -EIO alone says nothing."""
+    stream = Stream()("vcpu_create").run(5, errno=-5).run(5, errno=-5, dead=1)("vcpu_destroy", dead=1)
+    assert [(one["kind"], bool(one["flags"] & Flag.DEAD)) for one in stream.events] == [
+        (Kind.VCPU_NEW, False), (Kind.RUN_EXIT, True), (Kind.VCPU_END, True),
+    ]  # fmt: skip
+
+
+def test_registers_that_kvm_cannot_read_are_no_save() -> None:
+    """Of an SEV-ES guest kvm_run holds what user space left there."""
+    stream = Stream()("vcpu_create").ioctl(SET_MCE, leaves=TF)
+    stream.run(5, valid_regs=4, flags=0, protected=1).run(5, valid_regs=4, flags=0, protected=0)
+    assert [Kind(one["kind"]) for one in stream.events[2:]] == [Kind.RUN_EXIT, Kind.RUN_EXIT, Kind.SAVE]
+
+
 @pytest.mark.parametrize(("ret", "leaves"), [(0, TF), (-22, 0)])
 def test_a_restore_tells_its_payload_and_its_result(ret: int, leaves: int) -> None:
     """One that KVM refused raised nothing."""
