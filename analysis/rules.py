@@ -201,7 +201,8 @@ def ended_by(pending: Record, event: Event) -> tuple[int, int]:
         return Verdict.REFLECTED, Why.NOTHING
     inside = event.kind == Kind.SITE or event.kind == Kind.WAKEUP or inside_run(event)
     if inside and pending.nested:
-        return Verdict.REFLECTED, Why.NOTHING
+        # An engine that hooks KVM_SET_VCPU_EVENTS' function has seen it cleared before.
+        return (Verdict.UNDECIDED, Why.SYNC_REGS) if event.flags & SYNC else (Verdict.REFLECTED, Why.NOTHING)
     return Verdict.UNDECIDED, (Why.VANISHED if inside else Why.OUTSIDE)
 
 

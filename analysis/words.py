@@ -79,6 +79,7 @@ class Why(IntEnum):
     UNNAMED = 8
     LAST_LOST = 9
     ALL_LOST = 10
+    SYNC_REGS = 11
 
 
 class Source(IntEnum):
@@ -124,6 +125,7 @@ WHYS: Mapping[Why, str] = {
     Why.NOTHING: "",
     Why.END_UNSEEN: "its end was not seen",
     Why.VANISHED: "the request disappeared inside KVM_RUN without a shutdown exit",
+    Why.SYNC_REGS: "it was reflected to L1, or cleared by events that user space left in kvm_run",
     Why.OUTSIDE: "the request disappeared while no ioctl was in progress",
     Why.OTHER_IOCTL: "cleared by another ioctl than KVM_SET_VCPU_EVENTS",
     Why.OLDER: "it was pending before tracing began: whether it had been saved by then is not known",

@@ -217,7 +217,10 @@ TRACEPOINT_BLIND = (
         "a request that is raised and serviced inside one KVM_RUN",
         "its shutdown is listed as source hardware: the word is only read at the boundaries",
     ),
-    Blind("events set through kvm_run (KVM_SYNC_X86_EVENTS)", "a request that they raise is raised_by kvm_run"),
+    Blind(
+        "events set through kvm_run (KVM_SYNC_X86_EVENTS)",
+        "a request that they raise is raised_by kvm_run, and one that they clear is undecided",
+    ),
     Blind("ioctls of 32-bit processes", "such a VMM is not traced"),
     Blind(
         "who kicks a vCPU, and who raises a request of several", "kicks: no function inside KVM is hooked", full=True

@@ -117,7 +117,8 @@ class Flag(IntFlag):
     NESTED = 2  # the vCPU is in nested guest mode (L2)
     CAP = 4  # KVM_CAP_X86_TRIPLE_FAULT_EVENT is enabled for the VM
     CAP_EXISTS = 8  # this kernel has that capability
-    SYNC = 16  # the save went through kvm_run (KVM_SYNC_X86_EVENTS), not through the ioctl
+    SYNC = 16  # the save went through kvm_run (KVM_SYNC_X86_EVENTS), not through the ioctl; inside KVM_RUN, where a
+    #            triple fault is gone: kvm_run's events have the flag without it, and may have cleared it
     READ = 32  # before the hook, and since the vCPU last ran, user space has read SAVED_STATE of it
     STILL = 64  # it was there when tracing began and has not run since: what was read of it before, nobody saw
     DEAD = 128  # KVM has given the VM up (kvm->vm_dead, kvm->vm_bugged): it refuses every ioctl from now on

@@ -48,13 +48,16 @@ static inline void tell_inside(struct vcpu_state *state, u64 vcpu, u32 kind, u64
 {
 	struct reading reading = {};
 
+	u8 flags;
+
 	take_reading(state, vcpu, &reading);
+	flags = live_flags(state, vcpu) | perhaps_cleared(vcpu, &reading);
 	if (!state->announced) {
-		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
+		send(state, &reading, kind, arg, detail, flags);
 		return;
 	}
 	count(COUNT_GUEST);
-	put_next(state, &reading, kind, arg, detail, live_flags(state, vcpu));
+	put_next(state, &reading, kind, arg, detail, flags);
 }
 
 static inline void guest_entered(u64 vcpu)

@@ -287,6 +287,23 @@ struct reading {
 	u64 before;
 };
 
+static inline u32 payload(u64 events, int from_user, int *failed);
+
+/*
+ * Inside KVM_RUN, which begins with the events that user space left in kvm_run (kvm_dirty_regs, sync_regs): a triple
+ * fault that is gone may have been cleared by those. Whether it was, their content tells as long as it cannot have been.
+ */
+static inline u8 perhaps_cleared(u64 vcpu, struct reading *reading)
+{
+	u32 events;
+	int failed;
+
+	if (!(reading->before & ~reading->word & (1ULL << TRIPLE_FAULT)))
+		return 0;
+	events = payload(read_u64(vcpu + OFFSET_RUN) + OFFSET_SYNC_EVENTS, 0, &failed);
+	return !failed && events & VALID_TRIPLE_FAULT && !(events >> 16) ? FLAG_SYNC : 0;
+}
+
 /* Whom an event is about. */
 struct subject {
 	u32 vcpu;
@@ -383,7 +400,8 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 	if (reading.word & DEAD)
 		notice_death(state);	/* the bit alone does not tell: vendors' kernels have others there */
 	if (FULL || send_if == ALWAYS || ((reading.word ^ reading.before) & WATCHED) || (reading.word & send_if))
-		send(state, &reading, kind, arg, detail, live_flags(state, vcpu));
+		send(state, &reading, kind, arg, detail,
+		     live_flags(state, vcpu) | (kind == KIND_RUN_EXIT ? perhaps_cleared(vcpu, &reading) : 0));
 }
 
 #define ROTATED(word, by)	((word) << (by) | (word) >> (64 - (by)))

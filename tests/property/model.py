@@ -177,7 +177,7 @@ class Machine:
         told = reason in (KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT) and not error
         self.boundary(
             guest, Kind.RUN_EXIT, reason | error, choice & 7 if reason == KVM_EXIT_SYSTEM_EVENT else 0,
-            always=told or guest.dead, pending=True,
+            always=told or guest.dead, pending=True, flags=Flag.SYNC * (choice & 9 == 9),
         )  # fmt: skip
         if choice & 96 == 96 and guest.word & WATCHED:
             self.boundary(guest, Kind.SAVE, GET_EVENTS, self.payload(guest), flags=Flag.SYNC)

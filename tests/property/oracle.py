@@ -517,4 +517,5 @@ def _end(bit: int, event: Event, nested: bool) -> tuple[str, bool]:
     if event.kind == Kind.SITE and event.low == Site.REFLECT:
         return "reflected", False
     inside = event.kind in (Kind.RUN_EXIT, Kind.SITE, Kind.GUEST_ENTRY, Kind.GUEST_EXIT, Kind.WAKEUP)
-    return ("reflected", False) if inside and nested else ("undecided", True)
+    # What kvm_run held may have cleared it.
+    return ("reflected", False) if inside and nested and not event.flags & Flag.SYNC else ("undecided", True)

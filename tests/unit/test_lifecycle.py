@@ -174,6 +174,19 @@ def test_reflected_and_read_when_l1_ran_again() -> None:
     assert Tape().add(Kind.SITE, TF, Site.EXCEPTION).add(Kind.RUN_EXIT, 0, 2).one()["end"] == "undecided"
 
 
+def test_what_kvm_run_may_have_cleared_in_l2_was_not_seen_to_be_reflected() -> None:
+    """An engine without a hook inside KVM_RUN cannot tell one from the other; what it saw delivered was."""
+    tape = Tape().add(Kind.SITE, TF, Site.NESTED_VMEXIT, flags=Flag.NESTED)
+    for end, arg in (("undecided", 2), ("delivered", 8)):
+        row = (
+            Tape().add(Kind.SITE, TF, Site.NESTED_VMEXIT, flags=Flag.NESTED).add(Kind.RUN_EXIT, 0, arg, flags=Flag.SYNC)
+        )
+        assert row.one()["end"] == end
+    assert "kvm_run" in tape.add(Kind.RUN_EXIT, 0, 2, flags=Flag.SYNC).one()["why"]
+    seen = Tape(Flag.CREATED | Flag.NESTED).raised().add(Kind.RESTORE, 0, SET_EVENTS, 0x20, flags=Flag.SYNC)
+    assert seen.one()["end"] == "cleared"
+
+
 def test_reflected() -> None:
     tape = Tape(Flag.CREATED | Flag.NESTED)
     row = tape.raised().add(Kind.SITE, 0, Site.REFLECT).one()
