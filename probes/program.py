@@ -43,6 +43,7 @@ _FIELDS = (
     ("OFFSET_UNLOCKED_IOCTL", "file_operations.unlocked_ioctl", False),
     ("OFFSET_SIGNAL", "task_struct.signal", False),
     ("OFFSET_STACK", "task_struct.stack", False),
+    ("OFFSET_STATUS", "task_struct.thread_info.status", True),
     ("OFFSET_MUTEX_OWNER", "kvm_vcpu.mutex.owner", False),
     ("OFFSET_LIVE", "signal_struct.live", False),
     ("OFFSET_DX", "pt_regs.dx", False),

@@ -19,6 +19,7 @@
 #define KVM_CREATE_VM		0xae01
 #define KVM_CREATE_VCPU		0xae41
 #define KVMIO			0xae
+#define TS_COMPAT		2	/* thread_info.status: in a system call of 32-bit code (asm/thread_info.h) */
 #define CHUNK			64
 #define MAX_CHUNKS		16
 
@@ -65,6 +66,21 @@ BPF_ARRAY(operations, u64, 2);		/* the file operations of a vCPU and of a VM, on
 /* Linux commit dd6e10fbd9fb ("bpf: Add bpf_task_pt_regs() helper") (in v5.15). */
 static char *(*registers_of)(void *task) = (void *)175;	/* BPF_FUNC_task_pt_regs */
 #endif
+
+/*
+ * Whether the system call that the current thread is inside is one of 32-bit code (int $0x80, sysenter): those have
+ * other numbers and other registers. The plan says that they are not traced.
+ */
+static inline int of_32_bit_code(void)
+{
+#if defined(OFFSET_STATUS) && defined(BPF_GET_CURRENT_TASK_BTF)
+	return *(u32 *)((char *)bpf_get_current_task_btf() + OFFSET_STATUS) & TS_COMPAT;
+#elif defined(OFFSET_STATUS)
+	return read_u32(bpf_get_current_task() + OFFSET_STATUS) & TS_COMPAT;
+#else
+	return 0;
+#endif
+}
 
 /* What the system call was asked that the current thread is inside. */
 static inline void arguments_of_syscall(struct arguments *arguments)
@@ -325,7 +341,7 @@ static inline void ioctl_begins(void)
 	}
 #endif
 	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
-	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO)
+	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO || of_32_bit_code())
 		return;
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
 		of = 0;
@@ -385,7 +401,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	}
 	pid = bpf_get_current_pid_tgid() >> 32;
 	vmm = vmms.lookup(&pid);
-	if (!vmm)
+	if (!vmm || of_32_bit_code())
 		return 0;
 	arguments_of_syscall(&arguments);
 	if (number == __NR_close_range) {

@@ -151,7 +151,7 @@ def by_pid(rows: Iterable[dict[str, Any]], pid: int) -> list[dict[str, Any]]:
 
 # A VMM that does as it is told, a word a line, and answers each with "done".
 VMM = """
-import sys, threading, time
+import ctypes, mmap, sys, threading, time
 from pathlib import Path
 from lab.kvm import Exit, Kvm, MpState, TimedOut
 from lab.stage import SIGN_OF_LIFE, Stage, bounce, raise_by_mce, save_blindly, shut_down
@@ -169,6 +169,20 @@ def sleep_in_kvm_run():
         time.sleep(0.01)
     return thread
 
+# 3 is read(-1) to int $0x80, and close(EDI) to syscall:
+#   53                push %rbx
+#   b8 03 00 00 00    mov $3, %eax
+#   bb ff ff ff ff    mov $-1, %ebx
+#   cd 80             int $0x80
+#   5b c3             pop %rbx; ret
+READ_NOTHING = bytes.fromhex("53 b803000000 bbffffffff cd80 5b c3")
+
+def read_as_32_bit_code(edi):
+    code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(READ_NOTHING)
+    where = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(where)(edi)
+
 with Kvm() as kvm, Stage(kvm, SIGN_OF_LIFE, lambda: None).guest(irqchip=True) as vcpu:
     for line in sys.stdin:
         word = line.strip()
@@ -183,6 +197,8 @@ with Kvm() as kvm, Stage(kvm, SIGN_OF_LIFE, lambda: None).guest(irqchip=True) as
         elif word == "halt":
             vcpu.set_mp_state(MpState.KVM_MP_STATE_HALTED)
             thread = sleep_in_kvm_run()
+        elif word == "int80":
+            assert read_as_32_bit_code(vcpu.fd) == -9  # EBADF
         elif word == "kick":
             import signal
             from lab.kvm import KICK

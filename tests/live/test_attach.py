@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -104,6 +105,17 @@ def test_only_the_chosen_vmm_is_traced(tmp_path: Path, vmm: Vmm) -> None:
     document = report(tmp_path / "r")
     assert {vm["pid"] for vm in document["vms"]} == {vmm.pid}
     assert document["summary"] == {"delivered": 1}
+
+
+def test_a_system_call_of_32_bit_code_closes_nothing(tmp_path: Path, vmm: Vmm) -> None:
+    """Its number is another one's in 64 bits: here close(), of what happens to be in EDI."""
+    config = Path("/proc/config.gz")
+    if not config.exists() or "CONFIG_IA32_EMULATION=y" not in gzip.decompress(config.read_bytes()).decode():
+        pytest.skip("/proc/config.gz does not say that this kernel runs 32-bit code (CONFIG_IA32_EMULATION)")
+    with recording(tmp_path / "r", "-p", str(vmm.pid)):
+        vmm.tell("mce", "save", "int80", "run")
+    row = only(tmp_path / "r", vmm.pid)
+    assert (row["raised_by"], row["end"], row["blind_saves"]) == ("set_mce", "delivered", 1)
 
 
 def test_the_recording_ends_with_the_vmm(tmp_path: Path, vmm: Vmm) -> None:
