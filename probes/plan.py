@@ -36,7 +36,7 @@ class Via(StrEnum):
 _TRACEPOINTS = (Via.RAW_TRACEPOINT, Via.TRACEPOINT, Via.TRACE_EVENT)
 
 
-_VENDORS = {"svm": "kvm_amd", "vmx": "kvm_intel"}
+_VENDORS = {"svm": "kvm_amd", "vmx": "kvm_intel", "tdx": "kvm_intel"}
 
 
 @dataclass(frozen=True)
@@ -461,16 +461,17 @@ _LATE = "the requests where the guest was left: they are read at the next hook"
 _NO_REQUESTER = "who raised a request of several vCPUs"
 _NO_RETURN = "how long a requester of several vCPUs waited"
 # A trace event tells that something happened, a probe on a function that is given the vCPU which requests it has then.
-# get_exit_info is what KVM's flavours have for the trace event kvm_exit, which calls it while it is written down.
+# get_exit_info is what KVM's flavours have for the trace event kvm_exit, which calls it while it is written down. A TD
+# is entered and left by functions of its own (arch/x86/kvm/vmx/tdx.c), and both kinds of guests may be there.
 # Every vCPU that has stopped blocking and can run goes through kvm_apic_accept_events before it services a request.
 _FTRACE_FULL = (
     *(
         _call("entering", name, "the requests with which the guest is entered", _NO_WORD)
-        for name in ("svm_vcpu_run", "vmx_vcpu_run")
+        for name in ("svm_vcpu_run", "vmx_vcpu_run", "tdx_vcpu_run")
     ),
     *(
         _call("left", name, "the requests with which the guest was left", _LATE)
-        for name in ("svm_get_exit_info", "vmx_get_exit_info")
+        for name in ("svm_get_exit_info", "vmx_get_exit_info", "tdx_get_exit_info")
     ),
     _call(
         "awake",

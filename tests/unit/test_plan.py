@@ -85,6 +85,16 @@ def test_a_flavour_that_is_not_loaded_is_no_gap(engine: str) -> None:
     assert {hook.vendor for hook in intel.attachable} == {None, "kvm_intel"}
 
 
+def test_tds_are_entered_and_left_by_functions_of_their_own() -> None:
+    """Where KVM has them both they and those of other guests are hooked; elsewhere nobody misses them."""
+    tdx = {"tdx_vcpu_run", "tdx_get_exit_info"}
+    there = {hook.target for hook in whole("ftrace", vendors=["kvm_intel"]).attachable}
+    assert there > tdx | {"vmx_vcpu_run", "vmx_get_exit_info"}
+    without = whole("ftrace", tdx, vendors=["kvm_intel"])
+    assert not [planned for planned in without.hooks if planned.missing]
+    assert not tdx & {hook.target for hook in whole("ftrace", vendors=["kvm_amd"]).attachable}
+
+
 def test_what_tells_the_same_fact_stands_in() -> None:
     """A function that was renamed leaves no gap under its old name."""
     old, new = "svm_can_emulate_instruction", "svm_check_emulate_instruction"
