@@ -68,6 +68,11 @@ def _qemu_name(value: str | None) -> str | None:
     return parts[0] if "=" not in parts[0] else None
 
 
+def _socket_path(value: str | None) -> str | None:
+    # Cloud Hypervisor's --api-socket PATH, path=PATH or fd=NUMBER, which names nothing.
+    return None if value is None or value.startswith("fd=") else value.removeprefix("path=")
+
+
 def _libvirt_name(cgroup: str) -> str | None:
     # systemd-machined's scope: machine-qemu\x2d1\x2dNAME.scope, with \xHH for each byte that a unit name may not hold.
     found = re.search(r"machine-(\w+)\\x2d\d+\\x2d([^/\n]+)\.scope", cgroup)
@@ -91,7 +96,8 @@ def describe(pid: int, arguments: Sequence[str], cgroup: str, comm: str) -> Gues
     elif program.startswith("firecracker"):
         vmm, name = "firecracker", _option(rest, "--id")
     elif program.startswith("cloud-hyperviso"):
-        vmm, name = "cloud-hypervisor", _option(rest, "--api-socket")
+        # libvirt hands it a descriptor for its socket, or a path of libvirt's own.
+        vmm, name = "cloud-hypervisor", _libvirt_name(cgroup) or _socket_path(_option(rest, "--api-socket"))
     elif program.startswith("crosvm"):
         vmm, name = "crosvm", _option(rest, "--name") or _option(rest, "--socket", "-s")
     return Guest(pid, name or _libvirt_name(cgroup) or f"pid {pid}", vmm, uuid)

@@ -49,6 +49,8 @@ def test_qemu(arguments: list[str], name: str, uuid: str | None) -> None:
         (["firecracker-v1.7.0-x86_64", "--id", "fc-3"], Guest(7, "fc-3", "firecracker")),
         (["firecracker", "--no-api"], Guest(7, "pid 7", "firecracker")),
         (["cloud-hypervisor", "--api-socket", "/run/ch.sock"], Guest(7, "/run/ch.sock", "cloud-hypervisor")),
+        (["cloud-hypervisor", "--api-socket=path=/run/ch.sock"], Guest(7, "/run/ch.sock", "cloud-hypervisor")),
+        (["cloud-hypervisor", "--api-socket", "fd=26"], Guest(7, "pid 7", "cloud-hypervisor")),
         (["crosvm", "run", "--name", "arc", "vmlinux"], Guest(7, "arc", "crosvm")),
         (["crosvm", "run", "-s", "/run/crosvm.sock", "vmlinux"], Guest(7, "/run/crosvm.sock", "crosvm")),
         (["crosvm", "run", "--socket=/run/c", "vmlinux"], Guest(7, "/run/c", "crosvm")),
@@ -68,6 +70,14 @@ def test_libvirt_names_what_the_command_line_does_not() -> None:
     odd = "0::/machine.slice/machine-qemu\\x2d12\\x2da\\x20b\\x40c.scope\n"
     assert describe(7, ["/usr/bin/qemu-system-x86_64"], odd, "qemu").name == "a b@c"
     assert describe(7, ["vmm"], "0::/machine.slice/machine-lxc\\x2d1\\x2dbox.scope\n", "vmm").name == "box"
+
+
+@pytest.mark.parametrize("socket", ["fd=26", "/run/libvirt/ch/box-socket", "path=/run/libvirt/ch/box-socket"])
+def test_a_cloud_hypervisor_of_libvirt_has_libvirt_s_name(socket: str) -> None:
+    """Its socket is libvirt's own."""
+    cgroup = "0::/machine.slice/machine-ch\\x2d3\\x2dbox\\x2d1.scope/libvirt/emulator\n"
+    arguments = ["/usr/bin/cloud-hypervisor", "--api-socket", socket]
+    assert describe(7, arguments, cgroup, "cloud-hyperviso") == Guest(7, "box-1", "cloud-hypervisor")
 
 
 def test_libvirt_names_in_any_language() -> None:
