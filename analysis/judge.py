@@ -24,9 +24,6 @@ class _Segment(Protocol):
     def columns(self) -> Mapping[str, Any]: ...
 
     @property
-    def events(self) -> Any: ...
-
-    @property
     def loss(self) -> Loss: ...
 
 
@@ -150,7 +147,7 @@ def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.Dat
     return vms.assign(name=np.array(names, object), vmm=np.array([guest.get("vmm") for guest in known], object))
 
 
-_WHAT = np.full(max(Kind) + 1, "", object)
+_WHAT = np.full(256, "", object)
 _TOLD = {Kind.RUN_EXIT: "userspace_exit", Kind.RESET: "reset", Kind.WRITTEN: "written", Kind.RESTORE: "restore"}
 _WHAT[list(_TOLD)] = list(_TOLD.values())
 
@@ -175,11 +172,10 @@ def story(recording: Source, lifecycles: pd.DataFrame, saves: pd.DataFrame, most
     for segment in recording.segments():
         if segment is None:
             continue
-        events = segment.events
-        kind = events["kind"]
-        events = events[np.isin(kind, list(_TOLD)) & np.isin(events["vcpu"], numbers)]
-        times, what = events["time_ns"].astype(np.int64), _WHAT[events["kind"]]
-        part = pd.DataFrame({"vcpu_number": events["vcpu"], "time_ns": times, "what": what})
+        events = segment.columns
+        telling = np.flatnonzero(np.isin(events["kind"], list(_TOLD)) & np.isin(events["vcpu"], numbers))
+        times, what = events["time_ns"][telling].astype(np.int64), _WHAT[events["kind"][telling]]
+        part = pd.DataFrame({"vcpu_number": events["vcpu"][telling], "time_ns": times, "what": what})
         parts.append(_ends_of(part, ["vcpu_number"], most))  # so that no segment holds more than is told of it
     happened = (
         pd.concat(parts, ignore_index=True)

@@ -58,18 +58,19 @@ STATES = ("request", "raised_in", "count", *_names(("p50", "p99", "max")))
 _EDGES = np.array(sorted({0, *(isqrt((1 << power) - 1) + 1 for power in range(126))}), np.int64)
 
 
-def bounds(lifecycles: pd.DataFrame) -> pd.DataFrame:
+def bounds(lifecycles: pd.DataFrame, by: Sequence[str] = KEYS) -> pd.DataFrame:
     """Return ``lower_ns`` and ``upper_ns`` of each lifecycle's latency, with what they can be split by: :data:`BOUNDS`.
 
-    Left out are requests that have not ended, and those whose raise was not seen: their latency has no upper bound.
+    ``by``: the keys that are wanted, as each takes memory. Left out are requests that have not ended, and those whose
+    raise was not seen: their latency has no upper bound.
     """
     known = _known(lifecycles)
     lower, upper = _interval(lifecycles, known)
-    columns = {name: _key(lifecycles, name)[known] for name in KEYS}
+    columns = {name: _key(lifecycles, name)[known] for name in by}
     columns |= {"raised_ns": lifecycles["raised_ns"].to_numpy()[known], "lower_ns": lower, "upper_ns": upper}
     index = lifecycles.index[known]
     # Columns of their own already: there can be millions of rows.
-    made = {name: pd.Series(columns.pop(name), index, dtype, copy=False) for name, dtype in BOUNDS.items()}
+    made = {name: pd.Series(columns.pop(name), index, BOUNDS[name], copy=False) for name in BOUNDS if name in columns}
     return pd.DataFrame(made, copy=False)
 
 

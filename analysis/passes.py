@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,29 +24,46 @@ Table: TypeAlias = dict[str, Array]
 
 
 class Rows:
-    """Columns that grow: what the walk gives out, and with which batch."""
+    """Columns that grow: what the walk gives out, and with which batch.
+
+    Each is memory of its own: the kernel maps more of it and moves no byte, room that is not used takes none, and what
+    is done with goes back at once.
+    """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         fields: Any = dtype.fields or {}
-        self._columns = {name: np.empty(0, of[0]) for name, of in fields.items()} | {"batch": np.empty(0, np.uint32)}
-        self._count = 0
+        self._types = {name: of[0] for name, of in fields.items()} | {"batch": np.dtype(np.uint32)}
+        self._memory: dict[str, mmap.mmap] = {}
+        self._count = self._room = 0
 
     def add(self, given: Array, batch: int) -> None:
         """Add rows."""
-        count = self._count + len(given)
-        for name, column in self._columns.items():
-            if count > len(column):
-                # Moves no byte where the kernel can map them; by a quarter, for what is added is zeroed.
-                column.resize(max(count, len(column) + len(column) // 4), refcheck=False)
-            column[self._count : count] = batch if name == "batch" else given[name]
-        self._count = count
+        if self._count + len(given) > self._room:
+            self._room = max(self._count + len(given), 2 * self._room)
+            self._map()
+        for name, dtype in self._types.items():
+            # No name for the view: while there is one, no more can be mapped.
+            np.frombuffer(self._memory[name], dtype, len(given), self._count * dtype.itemsize)[:] = (
+                batch if name == "batch" else given[name]
+            )
+        self._count += len(given)
+
+    def _map(self) -> None:
+        for name, dtype in self._types.items():
+            size = self._room * dtype.itemsize
+            if name in self._memory:
+                self._memory[name].resize(size)
+            else:
+                self._memory[name] = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
 
     def table(self) -> Table:
         """Return the rows, and hold them no longer."""
-        columns = {name: column[: self._count] for name, column in self._columns.items()}
-        self._columns = {name: column[:0].copy() for name, column in columns.items()}
-        self._count = 0
-        return columns
+        held, count = self._memory, self._count
+        self._memory, self._count, self._room = {}, 0, 0
+        return {
+            name: np.frombuffer(held.pop(name), dtype, count) if count else np.empty(0, dtype)
+            for name, dtype in self._types.items()
+        }
 
 
 class Given(NamedTuple):

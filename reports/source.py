@@ -112,8 +112,8 @@ class Source:
 
     @cached_property
     def waits(self) -> pd.DataFrame:
-        """Return the bounds of each latency; the index is the place of the lifecycle."""
-        return latency.bounds(self.judgement.lifecycles.reset_index(drop=True))
+        """Return the bounds of each latency, by request and end; the index is the place of the lifecycle."""
+        return latency.bounds(self.judgement.lifecycles.reset_index(drop=True), ("request", "end"))
 
     @cached_property
     def states(self) -> pd.DataFrame:

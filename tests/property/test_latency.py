@@ -102,6 +102,8 @@ def plain(frame: pd.DataFrame) -> list[Row]:
 def test_bounds(drawn: list[Row]) -> None:
     rows = [lifecycle(each) for each in drawn]
     assert plain(latency.bounds(table(rows))) == [{name: row[name] for name in latency.BOUNDS} for row in known(rows)]
+    few = ("end", "raised_ns", "lower_ns", "upper_ns")
+    assert plain(latency.bounds(table(rows), ("end",))) == [{name: row[name] for name in few} for row in known(rows)]
 
 
 @settings(deadline=None)
