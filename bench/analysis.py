@@ -27,7 +27,8 @@ import pandas as pd
 
 from analysis import compiled
 from analysis.judge import judge
-from analysis.lifecycle import Lifecycles
+from analysis.lifecycle import Lifecycles, lifecycle_table
+from analysis.passes import Pass, in_order
 from bench import busy, pandas_way
 from probes import requests
 from probes.schema import EVENT, SCHEMA_VERSION, Flag, Kind, Site
@@ -122,30 +123,40 @@ def feed(name: str, events: int) -> None:
 
 
 def turns(name: str, events: int) -> None:
-    """Print the CPU time that the core took for events in memory, and pandas for the same, in turns; last the ratio.
+    """Print the CPU time that the core, its tables and pandas took for events in memory, in turns; last the ratios.
 
-    Each takes columns: the core in batches, as a recording has them, pandas all at once. Both tell all lifecycles.
+    Each takes columns: the core in batches, as a recording has them, pandas all at once. Both must tell the same.
+    Ratios: of pandas to the core alone, and to the core with its tables.
     """
     batches = [
         {column: np.ascontiguousarray(batch[column]) for column in EVENT.names or ()}
         for batch in _batches(name, events)
     ]
     frame = pd.concat([pd.DataFrame(batch) for batch in batches], ignore_index=True)
-    names, ratios = _names(name), []
+    names, full, ratios = _names(name), name == FULL, []
     for turn in range(_TURNS + 1):
         begin = time.process_time()
-        core = _core(name)
-        ended = sum(len(core.feed(batch).lifecycles) for batch in batches)
-        ended += len(core.finish(Loss()).lifecycles)
-        between = time.process_time()
-        found = len(pandas_way.lifecycles(frame, names))
+        core = Pass(names, full=full)
+        for batch in batches:
+            core.feed(batch)
+        core.finish(Loss())
+        fed = time.process_time()
+        told = lifecycle_table(in_order(core.given().finished, "raised_ns", "request", "vcpu_number"), names)
+        tabled = time.process_time()
+        found = pandas_way.lifecycles(frame, names, full=full)
         end = time.process_time()
-        if found != ended:
-            raise RuntimeError(f"{name}: {ended} lifecycles by the core, {found} by pandas")
+        if not _verdicts(told).equals(_verdicts(found)):
+            raise RuntimeError(f"{name}: {_verdicts(told)} by the core, {_verdicts(found)} by pandas")
         if turn:  # the first one warms up: code is compiled, memory fetched
-            ratios.append((end - between) / (between - begin))
-            print(f"{name}: core {between - begin:.3f} s, pandas {end - between:.3f} s, {found:,} lifecycles")
-    print(statistics.median(ratios))
+            ratios.append(((end - tabled) / (fed - begin), (end - tabled) / (tabled - begin)))
+            spent = f"core {fed - begin:.3f} s, tables {tabled - fed:.3f} s, pandas {end - tabled:.3f} s"
+            print(f"{name}: {spent}, {len(found):,} lifecycles")
+    print(*(statistics.median(of) for of in zip(*ratios, strict=True)))
+
+
+def _verdicts(lifecycles: pd.DataFrame) -> pd.Series[int]:
+    """Return how many requests ended how, and by whom they were raised."""
+    return lifecycles.groupby(["request", "end", "raised_by"]).size()
 
 
 def write(path: Path, batches: Iterator[Any], detail: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from bench import analysis, busy, pandas_way, tools
 from bench.command import ROOT
 from bench.table import Figure, Missing
 from probes.requests import names
-from probes.schema import EVENT, Kind
+from probes.schema import EVENT, KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, Flag, Kind
 from tracer.loss import Loss
 from tracer.recording import Recording
 
@@ -48,26 +49,69 @@ def test_every_request_of_the_busy_stream_is_serviced() -> None:
     assert raised - core.carried <= ends["serviced"] <= raised
 
 
+def _same(batches: list[Any], names: dict[int, str], *, full: bool) -> pd.DataFrame:
+    """Return what pandas tells of some events, after a look that the core tells the same."""
+    core = Lifecycles(names, full=full)
+    tables = [core.feed(batch).lifecycles for batch in batches] + [core.finish(Loss()).lifecycles]
+    expected = pd.concat([table for table in tables if len(table)])[[*pandas_way.COLUMNS]]
+    events = pd.DataFrame({column: np.concatenate(batches)[column] for column in EVENT.names or ()})
+    found = pandas_way.lifecycles(events, names, full=full)
+    key = ["vcpu_number", "request", "ended_after_ns", "ended_ns"]
+    left, right = (
+        table.sort_values(key, ignore_index=True).astype(dict.fromkeys(("request", *_WORDS), "object"))
+        for table in (found, expected)
+    )
+    pd.testing.assert_frame_equal(left, right, check_dtype=False)
+    return left
+
+
+_WORDS = ("raised_by", "raised_in", "end")
+
+
 @pytest.mark.parametrize("name", [*analysis.STREAMS, analysis.FULL])
 def test_pandas_tells_the_lifecycles_that_the_core_tells(name: str) -> None:
-    """What is compared in speed does the same, as far as pandas is asked."""
-    batches = list(analysis._batches(name, EVENTS))
-    core = analysis._core(name)
-    tables = [core.feed(batch).lifecycles for batch in batches] + [core.finish(Loss()).lifecycles]
-    expected = pd.concat([table for table in tables if len(table)]).rename(columns={"vcpu_number": "number"})
-    events = pd.DataFrame({column: np.concatenate(batches)[column] for column in EVENT.names or ()})
-    found = pandas_way.lifecycles(events, analysis._names(name)).rename(columns={"vcpu": "number"})
-    # Kicks, which pandas is not asked for, can tell that a request was raised earlier than the vCPU's own events do.
-    compared = ["number", "request", "end", "ended_ns", "userspace_exits", "saves", "blind_saves"]
-    tables = [
-        table[compared].fillna({"ended_ns": -1}).astype({"request": "object", "end": "object", "number": "int64"})
-        for table in (found, expected)
-    ]
-    left, right = (
-        table.astype({"ended_ns": "int64"}).sort_values(["number", "request", "ended_ns"], ignore_index=True)
-        for table in tables
-    )
-    pd.testing.assert_frame_equal(left, right)
+    """What is compared in speed does the same."""
+    _same(list(analysis._batches(name, EVENTS)), analysis._names(name), full=name == analysis.FULL)
+
+
+_PENDING, _SET_MCE, _SET_REGS = 1 << 10, 0x4040AE9E, 0x4090AE82
+_RAISED = (Kind.IOCTL_EXIT, _PENDING, {"arg": _SET_MCE})
+_CARRYING = {"detail": VALID_TRIPLE_FAULT | PAYLOAD_PENDING}
+_SHUTDOWN = (Kind.RUN_EXIT, 0, {"arg": KVM_EXIT_SHUTDOWN})
+
+
+@pytest.mark.parametrize(
+    ("end", "stale", "steps"),
+    [
+        ("lost", False, [_RAISED, (Kind.SAVE, _PENDING, _CARRYING), (Kind.SAVE, _PENDING), (Kind.VCPU_END, _PENDING)]),
+        ("handed_over", False, [_RAISED, (Kind.SAVE, _PENDING, _CARRYING), (Kind.VCPU_END, _PENDING)]),
+        ("abandoned", False, [_RAISED, (Kind.SAVE, _PENDING, {"arg": 1 << 32}), (Kind.VCPU_END, _PENDING)]),
+        ("cleared", False, [(Kind.RESTORE, _PENDING, _CARRYING), (Kind.RESTORE, 0)]),
+        ("reflected", False, [(Kind.SITE, _PENDING, {"flags": Flag.NESTED}), (Kind.RUN_EXIT, 0)]),
+        ("undecided", False, [_RAISED, (Kind.RUN_EXIT, 0)]),
+        (
+            "undecided",
+            False,
+            [_RAISED, (Kind.RUN_EXIT, _PENDING, {"seq": 5}), (Kind.RUN_EXIT, 0, {"arg": 8, "seq": 6})],
+        ),
+        ("delivered", True, [_RAISED, (Kind.RESET, _PENDING, {"arg": _SET_REGS}), _SHUTDOWN]),
+        ("delivered", False, [_RAISED, (Kind.RESET, _PENDING), (Kind.RESTORE, _PENDING, _CARRYING), _SHUTDOWN]),
+        ("delivered", False, [(Kind.RESTORE, _PENDING, _CARRYING), (Kind.RESET, _PENDING), _SHUTDOWN]),
+    ],
+)
+def test_pandas_knows_each_end(end: str, stale: bool, steps: list[tuple[Any, ...]]) -> None:
+    """And what the core says of each, in every column."""
+    events = np.zeros(len(steps) + 1, EVENT)
+    events["vcpu"], events["pid"], events["tid"], events["seq"] = 3, 9, 17, np.arange(len(events)) + 1
+    events["time_ns"], events["kind"][0], events["arg"][0] = 1000 + 10 * np.arange(len(events)), Kind.VCPU_NEW, 2
+    events["since_ns"][1:] = events["time_ns"][:-1]
+    for at, (kind, word, *values) in enumerate(steps, start=1):
+        events["kind"][at], events["requests"][at] = kind, word
+        for name, value in (values[0] if values else {}).items():
+            events[name][at] = value
+    events["before"][1:] = events["requests"][:-1]
+    told = _same([events], {10: "triple_fault"}, full=False)
+    assert (told["end"].tolist(), told["stale"].tolist()) == ([end], [stale])
 
 
 def test_the_small_recording_has_one_request(tmp_path: Path) -> None:
