@@ -53,8 +53,8 @@ def copy(wanted: dict[str, Any], place: Path, source: Path = CHECKOUT) -> None:
         "only_mutate": wanted["modules"],
         "also_copy": COPIED,
         "pytest_add_cli_args_test_selection": wanted["tests"],
-        # The same examples for each mutant, so that a second run finds the same.
-        "pytest_add_cli_args": ["--hypothesis-seed=0", "-p", "no:cacheprovider"],
+        # The same examples for each mutant, so that a second run finds the same; few, for each mutant has its own run.
+        "pytest_add_cli_args": ["--hypothesis-seed=0", "--hypothesis-profile=quick", "-p", "no:cacheprovider"],
     }
     settings = "".join(f"{key} =\n" + "".join(f"    {value}\n" for value in listed[key]) for key in listed)
     (place / "setup.cfg").write_text(f"{(source / 'setup.cfg').read_text()}\n[mutmut]\n{settings}")

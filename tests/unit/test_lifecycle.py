@@ -139,6 +139,7 @@ def test_a_vm_that_kvm_gave_up_is_told_once() -> None:
         ((0,), "lost"),
         ((CARRIED,), "handed_over"),
         ((VALID_TRIPLE_FAULT,), "lost"),
+        ((PAYLOAD_PENDING,), "lost"),  # KVM gives the flag with the field that it fills in
         ((0, CARRIED), "handed_over"),
         ((CARRIED, 0), "lost"),
     ],
@@ -193,8 +194,17 @@ def test_reflected() -> None:
     assert (row["end"], row["nested"]) == ("reflected", True)
 
 
-def test_vanished_inside_run() -> None:
-    row = Tape().raised().add(Kind.RUN_EXIT, 0, 5).one()
+def test_reflected_before_the_flag_of_nested_mode_was_read() -> None:
+    """The function says it, whatever the vCPU was in when the word was read."""
+    assert Tape().raised().add(Kind.SITE, 0, Site.REFLECT).one()["end"] == "reflected"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arg"),
+    [(Kind.RUN_EXIT, 5), (Kind.RUN_EXIT, Site.REFLECT), (Kind.SITE, Site.EXCEPTION), (Kind.WAKEUP, 0)],
+)
+def test_vanished_inside_run(kind: int, arg: int) -> None:
+    row = Tape().raised().add(kind, 0, arg).one()
     assert row["end"] == "undecided"
     assert row["why"] == "the request disappeared inside KVM_RUN without a shutdown exit"
 
@@ -213,6 +223,8 @@ def test_other_requests_are_serviced_or_cleared() -> None:
 def test_cleared() -> None:
     row = Tape().raised().restored(0, VALID_TRIPLE_FAULT).one()
     assert (row["end"], row["why"]) == ("cleared", "")
+    row = Tape().raised().add(Kind.IOCTL_EXIT, 0, SET_MCE).one()
+    assert (row["end"], row["why"]) == ("cleared", "cleared by another ioctl than KVM_SET_VCPU_EVENTS")
 
 
 @pytest.mark.parametrize(
@@ -227,12 +239,23 @@ def test_cleared() -> None:
         (Kind.SITE, Site.EMULATION, "emulation"),
         (Kind.SITE, Site.NESTED_VMEXIT, "nested_vmexit"),
         (Kind.SITE, Site.NESTED_ABORT, "nested_abort"),
+        (Kind.SITE, Site.HARDWARE_SHUTDOWN, "kvm_run"),
         (Kind.RUN_EXIT, 5, "kvm_run"),
         (Kind.RUN_ENTER, 0, "remote"),
     ],
 )
 def test_raised_by(kind: int, arg: int, by: str) -> None:
     assert Tape().add(kind, TF, arg).delivered().one()["raised_by"] == by
+
+
+def test_raised_by_the_ioctl_that_creates_the_vcpu() -> None:
+    assert Tape(Flag.CREATED, TF).delivered().one()["raised_by"] == "ioctl"
+
+
+def test_a_save_through_kvm_run_is_no_ioctl() -> None:
+    """KVM_SYNC_X86_EVENTS: KVM saves as KVM_RUN returns."""
+    assert Tape().add(Kind.SAVE, TF, flags=Flag.SYNC).delivered().one()["raised_in"] == "kvm_run"
+    assert Tape().add(Kind.SAVE, TF).delivered().one()["raised_in"] == "ioctl"
 
 
 def test_attached_with_it_pending() -> None:
@@ -263,6 +286,30 @@ def test_gap_makes_it_undecided_and_is_named() -> None:
     row = Tape().raised().saved(CARRIED).saved(0).ended().drop(2).one()
     assert row["end"] == "undecided"
     assert row["why"] == "1 event of this vCPU was lost between 0.000000020 s and 0.000000040 s"
+
+
+def test_gaps_are_told_as_one() -> None:
+    tape = Tape().raised()
+    for _ in range(5):
+        tape.add(Kind.RUN_ENTER)
+    tape.drop(3).drop(4)
+    assert tape.ended().one()["why"] == "2 events of this vCPU were lost between 0.000000030 s and 0.000000070 s"
+
+
+def test_a_gap_before_all_that_was_seen_begins_with_the_clock() -> None:
+    why = Tape().raised().add(Kind.RUN_ENTER).ended().drop(0).drop(0).one()["why"]
+    assert why.startswith("2 events of this vCPU were lost between 0.000000001 s and 0.000000030 s")
+
+
+def test_two_threads_at_once_are_no_event_that_was_lost() -> None:
+    tape = Tape().raised().add(Kind.RUN_ENTER).ended()
+    tape.events[2]["seq"] = tape.events[1]["seq"]
+    tape.events[3]["seq"] -= 1
+    row = tape.one()
+    assert (row["end"], row["why"].split(":")[0]) == (
+        "undecided",
+        "two threads used this vCPU at once around 0.000000030 s",
+    )
 
 
 def test_gap_story() -> None:
@@ -472,6 +519,25 @@ def test_raised_while_halted() -> None:
     )
     assert (row["raised_in"], row["requester_tid"], row["left_guest_ns"]) == ("halted", 202, -1)
     assert (row["raised_ns"], row["reentered_ns"]) == (29, 40)
+
+
+def test_a_kick_that_comes_late_is_the_one_of_its_time() -> None:
+    """Of another CPU: one at the last reading without the request is not for it, and of two at once the first is."""
+    began = (BEGIN, {"time_ns": 20, "kind": Kind.RUN_EXIT}, {"time_ns": 40, "kind": Kind.RUN_ENTER, "requests": NMI})
+    kicks = [
+        {"time_ns": time_ns, "kind": Kind.KICK, "requests": NMI, "tid": tid}
+        for time_ns, tid in ((20, 201), (30, 202), (30, 203))
+    ]
+    for count, kicked in enumerate(((-1, 0), (-1, 0), (30, 202), (30, 202))):
+        (row,) = lifecycles_of(*began, *kicks[:count])
+        assert (row["kicked_ns"], row["requester_tid"]) == kicked
+
+
+def test_raised_by_an_ioctl_that_goes_on() -> None:
+    (row,) = lifecycles_of(
+        BEGIN, {"time_ns": 20, "kind": Kind.IOCTL_ENTER}, {"time_ns": 30, "kind": Kind.SITE, "requests": NMI}
+    )
+    assert row["raised_in"] == "ioctl"
 
 
 def test_a_kick_for_something_else_raises_nothing() -> None:
