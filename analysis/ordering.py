@@ -212,7 +212,7 @@ class Findings:
 class Ordering:
     """The rules of ordering alone, of events and of lifecycles that were told elsewhere.
 
-    The arguments are those of :class:`Findings`.
+    The arguments are those of :class:`Findings`; ``limits`` are ``bound_ns`` and ``most``.
     """
 
     def __init__(
@@ -221,11 +221,9 @@ class Ordering:
         flags: Mapping[str, Iterable[str]],
         plan: Iterable[Mapping[str, Any]],
         detail: str,
-        *,
-        bound_ns: int = BOUND_NS,
-        most: int = 100,
+        **limits: int,
     ) -> None:
-        self._findings = Findings(names, flags, plan, detail, bound_ns=bound_ns, most=most)
+        self._findings = Findings(names, flags, plan, detail, **limits)
         self._bits = {name: bit for bit, name in names.items()}
         self._pass = Pass(names, full=True, order={**self._findings.wanted, "starves": False})
 
