@@ -7,10 +7,7 @@ it is doing what both of them allow, and where that is one thing it is proved. T
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from analysis.compiled import compiled
 from analysis.events import NOTHING, SYNC, Event, low, signed
@@ -49,11 +46,7 @@ TELLS: dict[int, tuple[int, int]] = {
 }
 
 
-def _by_kind(side: int, otherwise: int) -> npt.NDArray[Any]:
-    return np.array([TELLS.get(kind, (otherwise, otherwise))[side] for kind in range(256)], np.int64)
-
-
-_BEFORE, _AFTER = _by_kind(0, ANYTHING), _by_kind(1, UNKNOWN)
+_BEFORE, _AFTER = np.array([TELLS.get(kind, (ANYTHING, UNKNOWN)) for kind in range(256)], np.int64).T.copy()
 
 
 # --- what an event tells ------------------------------------------------------------------------------------------

@@ -273,6 +273,11 @@ def test_stale() -> None:
     # A restore raised it, and writes real-mode registers afterwards: stale only if another restore left it as it was.
     assert not Tape().restored(TF, CARRIED).add(Kind.RESET).delivered().one()["stale"]
     assert Tape().restored(TF, CARRIED).restored(TF, 0).add(Kind.RESET).delivered().one()["stale"]
+    # Raised by the reset itself; set by no restore that failed, or that had the flag and nothing pending.
+    assert not Tape().add(Kind.RESET, TF).delivered().one()["stale"]
+    failed = Tape().restored(TF, CARRIED).add(Kind.RESTORE, TF, SET_EVENTS | EIO)
+    assert not failed.add(Kind.RESET).delivered().one()["stale"]
+    assert Tape().raised().add(Kind.RESET).restored(TF, VALID_TRIPLE_FAULT).delivered().one()["stale"]
 
 
 def test_open_and_exposed() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
+from analysis import exit_rules
+from analysis.events import columns_of, event_at
+from analysis.passes import Pass
 from analysis.stat import Recorded
 from probes.exits import Kind as Exit
 from probes.schema import EVENT, Kind
@@ -58,6 +62,39 @@ def test_an_event_names_its_instruction_set_or_the_recording_does() -> None:
         events((1, Kind.GUEST_EXIT, {"detail": 2}), (2, Kind.GUEST_EXIT), (3, Kind.RUN_EXIT, {"arg": _EINTR}))
     )
     assert sorted(counted(recorded.counts)) == [(Exit.GUEST, 0, 1), (Exit.GUEST, 0, 2), (Exit.USER, 10, -4)]
+
+
+@pytest.mark.parametrize(
+    ("high", "value"), [(0, 0), (1, 1), (2**31 - 1, 2**31 - 1), (2**31, -(2**31)), (2**32 - 4, -4)]
+)
+def test_what_kvm_run_returned_is_an_int(high: int, value: int) -> None:
+    columns = columns_of(events((1, Kind.RUN_EXIT, {"arg": 10 | high << 32})))
+    assert exit_rules.error(event_at(columns, 0)) == value
+
+
+def test_equal_exits_are_counted_in_one_row() -> None:
+    """So what is carried over grows with reasons, not with exits."""
+    stream = events(
+        (1, Kind.RUN_EXIT), (4, Kind.RUN_ENTER), (6, Kind.RUN_EXIT), (9, Kind.RUN_ENTER), (10, Kind.RUN_EXIT)
+    )  # fmt: skip
+    recorded = told(stream)
+    assert counted(recorded.counts) == {(Exit.USER, 0, 0): (3, 6, 3, 2)} and recorded.events[Exit.USER] == 5
+    walk = Pass({}, counts=True)
+    walk.feed(stream)
+    assert walk.now.exits == 1
+
+
+def test_gaps_are_added_up() -> None:
+    assert told(events((1, Kind.RUN_EXIT, {"seq": 3}), (2, Kind.RUN_EXIT, {"seq": 7}))).gaps == 2 + 3
+
+
+def test_words_change_of_more_vcpus_than_there_was_room_for_and_nothing_exits() -> None:
+    many = 1_103
+    stream = np.zeros(many, EVENT)
+    stream["vcpu"], stream["seq"], stream["kind"], stream["since_ns"] = 1 + np.arange(many), 1, Kind.SITE, 1
+    stream["requests"] = 1
+    counts = told(stream).counts
+    assert counts.words["raised"][:, 0].tolist() == [1] * many and not len(counts.keys)
 
 
 def test_a_time_across_a_gap_is_not_counted() -> None:
