@@ -15,7 +15,7 @@ from bench.command import recording
 from bench.table import Figure
 from probes import program
 from probes.plan import Plan, Via
-from tracer.recorder import choose
+from tracer.engines import choices, first
 
 _ROUNDS = 9
 _EXITS = 200_000
@@ -114,7 +114,7 @@ def build(binary: Path) -> None:
 
 def figures() -> Iterator[Figure]:
     """Yield the figures of one busy vCPU, and of one that has a second one beside it."""
-    empty = Empty(choose("auto").plan)
+    empty = first("auto", choices(), Empty).opened
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as scratch:
         binary = Path(scratch) / "exit_loop"
         build(binary)

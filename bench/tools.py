@@ -26,7 +26,7 @@ from pathlib import Path
 from bench.command import ROOT, recording
 from bench.overhead import Empty, Guests, Times, build
 from bench.table import Figure, Missing
-from tracer.recorder import choose
+from tracer.engines import choices, first
 
 _STARTS = 3  # of each tool
 _ROUNDS = 2  # while it is live, and as many without any tracer, half of them before and half after
@@ -311,7 +311,7 @@ def tries(ways: Sequence[Way], starts: int = _STARTS, scale: float = 1.0) -> Ite
     measured = {way.name: _Measured() for way in ways}
     refused: set[str] = set()
     for full in (False, True):
-        _EMPTY[full] = Empty(choose("auto", full=full).plan)
+        _EMPTY[full] = first("auto", choices(full=full), Empty).opened
     with tempfile.TemporaryDirectory(prefix="kvmreq-bench-") as directory:
         scratch = Path(directory)
         build(scratch / "exit_loop")

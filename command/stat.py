@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         table = "" if live.names.exact else live.names.table
         here = (host.hostname(), host.release(), live.plan.engine, Clock(host.clock_pair()))
         source = words.Source(*here, live.name, live.names.by_bit, table)
+        for line in live.notes:
+            note(line)
         note(f"counting with the {live.plan.engine} engine{'' if command else ', until Ctrl-C'}")
         show = _printer(arguments.format, stack)
         child = start_command(command)

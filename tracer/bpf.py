@@ -10,7 +10,7 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -108,21 +108,24 @@ class Engine:
         host.forget_addresses()
         text = program.source(plan, settings, found, symbols, self._modules, more)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())
-        with _stderr_kept() as printed:
-            try:
-                self._bpf: Any = _bpf_class()(text=text.encode(), cflags=_CFLAGS)
-            except Exception as error:
-                # BCC raises Exception itself, for everything.
-                raise CannotTrace(
-                    f"the {plan.engine} engine cannot be loaded: {_why(error, printed())}",
-                    hint="kvmreq doctor tells what works here",
-                ) from error
-        self._counters = self._bpf[b"counters"]
-        self._lost = self._bpf[b"lost"]
-        self._lost[ctypes.c_uint32(0)] = self._lost.Leaf()
-        for pid in pids:
-            self._bpf[b"filter"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
-        self._ring = Ring(self._bpf[b"ring"].map_fd, settings.ring_bytes, EVENT)
+        with ExitStack() as undo:
+            with _stderr_kept() as printed:
+                try:
+                    self._bpf: Any = _bpf_class()(text=text.encode(), cflags=_CFLAGS)
+                    undo.callback(self._bpf.cleanup)
+                    self._counters = self._bpf[b"counters"]
+                    self._lost = self._bpf[b"lost"]
+                    self._lost[ctypes.c_uint32(0)] = self._lost.Leaf()
+                    for pid in pids:
+                        self._bpf[b"filter"][ctypes.c_uint32(pid)] = ctypes.c_uint8(1)
+                    self._ring = Ring(self._bpf[b"ring"].map_fd, settings.ring_bytes, EVENT)
+                except Exception as error:
+                    # BCC raises Exception itself, for everything.
+                    raise CannotTrace(
+                        f"the {plan.engine} engine cannot be loaded: {_why(error, printed())}",
+                        hint="kvmreq doctor tells what works here",
+                    ) from error
+            undo.pop_all()
         self._seen_losses = -1
         self._vcpu_losses: Mapping[int, VcpuLoss] = {}
 

@@ -1,4 +1,4 @@
-"""Every engine, the best first: which of them works here and why the others do not, and the one that is opened.
+"""Every engine, the best first: which of them works here and why the others do not, and the one that is set to work.
 
 BCC is imported where a BPF engine is opened and nowhere else: the ftrace engine is for hosts that have none.
 """
@@ -6,10 +6,10 @@ BCC is imported where a BPF engine is opened and nowhere else: the ftrace engine
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,11 @@ from probes import plan as plans
 from probes.plan import Plan, Via
 from probes.program import Settings
 from tracer import ftrace, host
+from tracer.errors import CannotTrace
 from tracer.fentry import no_fentry
 from tracer.loss import Loss
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ class Choice:
     engine: str
     plan: Plan | None
     why_not: str | None
+
+
+@dataclass(frozen=True)
+class Taken(Generic[Opened]):
+    """What an engine was made into that was taken, and why that one."""
+
+    opened: Opened
+    why: str
+    failed: tuple[str, ...]  # of those before it: that they had every hook, and yet could not be loaded or attached
 
 
 class Engine(Protocol):
@@ -75,6 +87,8 @@ class Engine(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
+
 #: In the order of preference.
 _ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
 
@@ -87,6 +101,41 @@ def choices(*, full: bool = False) -> list[Choice]:
     return [_choice(engine, full) for engine in _ENGINES]
 
 
+def first(engine: str, offers: Iterable[Choice], opens: Callable[[Plan], Opened]) -> Taken[Opened]:
+    """Return what ``opens`` makes of the engine that was asked for; for ``auto`` of the first that it can be made of.
+
+    That a plan has every hook is a promise of the kernel's symbols. Only to load the programs and to set them shows
+    whether it is kept, so one that fails there is a reason to try the next. Raises :class:`CannotTrace`, with the
+    reason of each engine that was tried.
+    """
+    known = list(offers)
+    tried = [choice for choice in known if engine in ("auto", choice.engine)]
+    if not tried:
+        names = ", ".join(choice.engine for choice in known)
+        raise CannotTrace(f"unknown engine {engine!r}", hint=f"engines: {names}, auto")
+    refused: list[str] = []
+    failed: list[str] = []
+    for choice in tried:
+        why_not = choice.why_not
+        if why_not is None and choice.plan is not None:
+            try:
+                opened = opens(choice.plan)
+            except CannotTrace as error:
+                if engine != "auto":
+                    raise
+                why_not = error.message
+                failed.append(why_not)
+            else:
+                why = "asked for" if engine != "auto" else "; ".join(refused) or "the best there is"
+                return Taken(opened, why, tuple(failed))
+        refused.append(f"{choice.engine}: {why_not}")
+    if engine != "auto":
+        raise CannotTrace(
+            f"the {engine} engine does not work here: {tried[0].why_not}", hint="kvmreq doctor tells which do"
+        )
+    raise CannotTrace(f"no engine works here ({'; '.join(refused)})", hint="kvmreq doctor tells more")
+
+
 def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Engine:
     """Return the engine of a plan, not yet attached. Raises CannotTrace."""
     if plan.engine == "ftrace":
@@ -94,6 +143,16 @@ def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Eng
     from tracer import bpf
 
     return bpf.Engine(plan, settings, pids)
+
+
+def attached(engine: AnyEngine) -> AnyEngine:
+    """Return an engine with its hooks set; one that cannot set them is closed. Raises CannotTrace."""
+    try:
+        engine.attach()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def no_bcc() -> str | None:

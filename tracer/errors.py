@@ -19,6 +19,7 @@ class KvmreqError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(f"{message} ({hint})" if hint else message)
+        self.message = message  # without the hint: to be told among others
 
 
 class BadRecording(KvmreqError):

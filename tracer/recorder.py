@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from probes import exits, requests
-from probes.plan import Plan
 from probes.program import Settings
 from probes.schema import SCHEMA_VERSION, Kind
 from tracer import guests, host, tracefs
-from tracer.engines import Choice, Engine, choices, open_engine
-from tracer.errors import CannotTrace, KvmreqError
+from tracer.engines import Choice, attached, choices, first, open_engine
+from tracer.errors import KvmreqError
 from tracer.loss import Loss
 from tracer.recording import Writer
 
@@ -46,37 +44,6 @@ class Wish:
     full: bool = False
     pids: Sequence[int] = ()
     ring_bytes: int = 32 << 20
-
-
-class Chosen(NamedTuple):
-    """The engine that a recording uses, and why that one."""
-
-    plan: Plan
-    why: str
-
-
-def choose(engine: str, *, full: bool = False) -> Chosen:
-    """Return the engine that was asked for, with its plan for the detail; for ``auto`` the best that works here.
-
-    Raises :class:`CannotTrace` with the reason why an engine does not work here.
-    """
-    offers = {choice.engine: choice for choice in choices(full=full)}
-    if engine != "auto":
-        if engine not in offers:
-            raise CannotTrace(f"unknown engine {engine!r}", hint=f"engines: {', '.join(offers)}, auto")
-        offer = offers[engine]
-        if offer.why_not is not None or offer.plan is None:
-            raise CannotTrace(
-                f"the {engine} engine does not work here: {offer.why_not}", hint="kvmreq doctor tells which do"
-            )
-        return Chosen(offer.plan, "asked for")
-    refused: list[str] = []
-    for offer in offers.values():
-        if offer.why_not is None and offer.plan is not None:
-            best = "the best there is" if not refused else "; ".join(refused)
-            return Chosen(offer.plan, best)
-        refused.append(f"{offer.engine}: {offer.why_not}")
-    raise CannotTrace(f"no engine works here ({'; '.join(refused)})", hint="kvmreq doctor tells more")
 
 
 def watched(wish: Wish) -> dict[int, str]:
@@ -141,25 +108,26 @@ class Recorder:
         """Attach, look up the guests that already run, and create the recording. Raises KvmreqError."""
         guests.check_vmms(self.wish.pids)
         names = watched(self.wish)
-        chosen = choose(self.wish.engine, full=self.wish.full)
-        self.plan = chosen.plan
+        table = requests.names(host.release())
+        settings = Settings(
+            watched=sum(1 << bit for bit in names),
+            dead=table.dead,
+            cpus=host.possible_cpus(),
+            full=self.wish.full,
+            filtered=bool(self.wish.pids),
+            ring_bytes=self.wish.ring_bytes,
+        )
         clock = host.clock_pair()
         kvm = host.kvm()
-        table = requests.names(host.release())
-        self._engine: Engine = open_engine(
-            chosen.plan,
-            Settings(
-                watched=sum(1 << bit for bit in names),
-                dead=table.dead,
-                cpus=host.possible_cpus(),
-                full=self.wish.full,
-                filtered=bool(self.wish.pids),
-                ring_bytes=self.wish.ring_bytes,
-            ),
-            self.wish.pids,
+        taken = first(
+            self.wish.engine,
+            choices(full=self.wish.full),
+            lambda plan: attached(open_engine(plan, settings, self.wish.pids)),
         )
+        self._engine = taken.opened
+        self.plan = self._engine.plan
+        self.notes += [f"{why}: the {self.plan.engine} engine is used" for why in taken.failed]
         try:
-            self._engine.attach()
             self._modules = host.kvm_modules()
             self.notes += doubts(names, table)
             self._plan_lines = self._engine.plan.as_json()
@@ -173,7 +141,7 @@ class Recorder:
                     "kvm_module": kvm.module,
                     "kvm_parameters": kvm.parameters,
                     "engine": self.plan.engine,
-                    "engine_why": chosen.why,
+                    "engine_why": taken.why,
                     "detail": "full" if self.wish.full else "boundary",
                     "requests": list(names.values()),
                     "requests_by_bit": {str(bit): name for bit, name in names.items()},

@@ -21,8 +21,8 @@ from probes.requests import TRIPLE_FAULT
 from probes.schema import Kind
 from tracer import guests, host, tracefs
 from tracer.bpf import Engine
-from tracer.engines import choices
-from tracer.errors import CannotTrace, KvmreqError
+from tracer.engines import Choice, attached, choices, first
+from tracer.errors import KvmreqError
 from tracer.loss import Loss
 
 _RING_BYTES = 1 << 20  # some 13,000 vCPUs that come and go between two looks
@@ -143,17 +143,15 @@ def _plan(engine: str) -> Plan:
     return programs.make(engine, functions, tracepoints, host.tracepoint_arguments())
 
 
-def _choose(engine: str) -> Plan:
-    refused = []
+def _offers() -> Iterator[Choice]:
     for choice in choices():
-        if choice.engine not in programs.HOOKS or engine not in ("auto", choice.engine):
+        if choice.engine not in programs.HOOKS:
             continue
-        made = _plan(choice.engine) if choice.plan is not None else None
-        why_not = choice.why_not if made is None or made.hopeless is None else made.hopeless
-        if made is not None and why_not is None:
-            return made
-        refused.append(f"{choice.engine}: {why_not}")
-    raise CannotTrace(f"no engine works here ({'; '.join(refused)})", hint="kvmreq doctor tells more")
+        if choice.why_not is not None:
+            yield choice
+        else:
+            made = _plan(choice.engine)
+            yield Choice(choice.engine, made, made.hopeless)
 
 
 @dataclass
@@ -166,24 +164,21 @@ class Statistics:
     def start(self) -> None:
         """Attach. Raises KvmreqError."""
         guests.check_vmms(self.only.pids)
-        self.plan = _choose(self.engine)
+        running = guests.running()
+        taken = first(self.engine, _offers(), lambda plan: attached(_Programs(plan, self.only.pids)))
+        self._programs = taken.opened
+        self.plan = self._programs.plan
+        self.notes = [f"{why}: the {self.plan.engine} engine is used" for why in taken.failed]
+        for pid, descriptors in running.items():
+            self._programs.descriptors_of(pid, descriptors[0], descriptors[-1])
         formats = tracefs.formats(exits.EVENTS)
         self._names = {name: exits.parse(formats.get(name, "")) for name in exits.EVENTS}
         self.names = requests.names(host.release())
-        self._programs = _Programs(self.plan, self.only.pids)
         self._vcpus: dict[int, Vcpu] = {}
         self._vms: dict[int, int] = {}
         self._ended: set[int] = set()
-        running = guests.running()
         self._reserved = {pid: place for place, pid in enumerate(sorted(running), 1)}
         self._next_vm = len(running) + 1
-        try:
-            self._programs.attach()
-            for pid, descriptors in running.items():
-                self._programs.descriptors_of(pid, descriptors[0], descriptors[-1])
-        except BaseException:
-            self.close()
-            raise
         self._unseen = [line["unseen"] for line in self._programs.plan.as_json() if line["hook"] is None]
         self._unseen += [
             f"the names of {name}'s reasons (its format in tracefs cannot be read)"

@@ -20,8 +20,7 @@ from probes.schema import Kind
 from tests.matrix.full_counts import EVENTS, gaps, wakeups
 from tests.matrix.stat_counts import instance
 from tracer import host, tracefs
-from tracer.engines import open_engine
-from tracer.recorder import choose
+from tracer.engines import choices, first, open_engine
 from tracer.recording import Recording
 
 from .session import CHECKOUT, PATIENCE_S, Vmm, recording, report
@@ -85,10 +84,10 @@ def _tracefs_in_its_place() -> Iterator[None]:
 def test_where_raw_tracepoints_are_preempted_trace_events_tell_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that such a kernel gets are taken by this one, too: none is refused, and wake-ups are tracefs's."""
     monkeypatch.setattr(host, "preempts_raw_tracepoints", lambda: True)
-    chosen = choose("tracepoint", full=True)
-    assert "tracepoint:kvm:kvm_vcpu_wakeup" in {line["hook"] for line in chosen.plan.as_json()}
+    plan = first("tracepoint", choices(full=True), lambda plan: plan).opened
+    assert "tracepoint:kvm:kvm_vcpu_wakeup" in {line["hook"] for line in plan.as_json()}
     settings = Settings(watched=(1 << 64) - 1, cpus=host.possible_cpus(), full=True)
-    with open_engine(chosen.plan, settings, ()) as engine:
+    with open_engine(plan, settings, ()) as engine:
         engine.attach()
         assert not [line for line in engine.plan.as_json() if "refused" in str(line["unseen"])]
         with Vmm() as vmm, instance(EVENTS) as path:

@@ -1,0 +1,171 @@
+"""Which engine is taken, where the better ones fail: each fault injected on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from probes import plan as plans
+from probes.plan import Plan
+from probes.program import Settings
+from tracer import bpf, host
+from tracer.engines import Choice, attached, first
+from tracer.errors import CannotTrace
+
+
+def _plan(engine: str) -> Plan:
+    return Plan(engine, (), ())
+
+
+OFFERS = [
+    Choice("fentry", None, "the module kvm has no BTF"),
+    Choice("kprobe", _plan("kprobe"), None),
+    Choice("tracepoint", _plan("tracepoint"), None),
+    Choice("ftrace", _plan("ftrace"), None),
+]
+
+
+class _Host:
+    """Opens engines, of which some fail."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken = broken
+        self.tried: list[str] = []
+
+    def __call__(self, plan: Plan) -> str:
+        self.tried.append(plan.engine)
+        if plan.engine in self.broken:
+            raise CannotTrace(f"the {plan.engine} engine cannot be loaded: no such map", hint="a hint")
+        return plan.engine
+
+
+def test_auto_takes_the_first_that_can_be_opened_and_says_why_not_the_others() -> None:
+    """One that has no plan is not tried; one that fails is told apart from it, without the hint meant for the end."""
+    taken = first("auto", OFFERS, here := _Host("kprobe"))
+    assert (taken.opened, here.tried) == ("tracepoint", ["kprobe", "tracepoint"])
+    why = "the kprobe engine cannot be loaded: no such map"
+    assert taken.why == f"fentry: the module kvm has no BTF; kprobe: {why}"
+    assert taken.failed == (why,)
+
+
+def test_the_best_there_is_has_no_reasons() -> None:
+    """Nothing was refused before it."""
+    taken = first("auto", OFFERS[1:], _Host())
+    assert (taken.opened, taken.why, taken.failed) == ("kprobe", "the best there is", ())
+
+
+def test_an_engine_that_was_asked_for_is_the_only_one_that_is_tried() -> None:
+    """Its own reason is what the user gets, whether it is known before or comes from the kernel."""
+    here = _Host("kprobe")
+    assert first("tracepoint", OFFERS, here).why == "asked for"
+    with pytest.raises(CannotTrace, match=r"the kprobe engine cannot be loaded: no such map \(a hint\)"):
+        first("kprobe", OFFERS, here)
+    with pytest.raises(CannotTrace, match="the fentry engine does not work here: the module kvm has no BTF"):
+        first("fentry", OFFERS, here)
+    with pytest.raises(CannotTrace, match=r"unknown engine 'dtrace'.*fentry, kprobe, tracepoint, ftrace, auto"):
+        first("dtrace", OFFERS, here)
+    assert here.tried == ["tracepoint", "kprobe"]
+
+
+def test_where_none_works_every_reason_is_told() -> None:
+    """In one line."""
+    with pytest.raises(CannotTrace) as told:
+        first("auto", OFFERS, _Host("kprobe", "tracepoint", "ftrace"))
+    for engine in ("kprobe", "tracepoint", "ftrace"):
+        assert f"{engine}: the {engine} engine cannot be loaded: no such map" in str(told.value)
+    assert "fentry: the module kvm has no BTF" in str(told.value)
+
+
+class _Bcc:
+    """Programs as BCC holds them, on a kernel that refuses something."""
+
+    made: list[_Bcc]
+    refuses: frozenset[str]
+
+    def __init__(self, **_: object) -> None:
+        if "ringbuf" in self.refuses:
+            raise Exception("could not open bpf map: ring, error: Invalid argument")
+        self.clean = False
+        self.raw_tracepoint_fds: dict[bytes, int] = {}
+        _Bcc.made.append(self)
+
+    def __getitem__(self, name: bytes) -> Any:
+        if name == b"ring" and "mmap" in self.refuses:
+            raise OSError(1, "Operation not permitted")
+        return _Map()
+
+    def _attach(self, *, fn_name: bytes, event: bytes = b"", tp: bytes = b"") -> None:
+        target = (event or tp or fn_name.rpartition(b"__")[2]).decode()
+        if target in self.refuses:
+            raise Exception(f"Failed to attach BPF program {fn_name!r} to {target}")
+
+    attach_kprobe = attach_kretprobe = attach_raw_tracepoint = attach_tracepoint = _attach
+    attach_kfunc = attach_kretfunc = _attach
+
+    def cleanup(self) -> None:
+        self.clean = True
+
+
+class _Map:
+    map_fd = -1
+
+    def Leaf(self) -> int:
+        return 0
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Bcc]]:
+    """A kernel with all that the plans ask for, and a BCC that can be told what it refuses."""
+    monkeypatch.setattr(_Bcc, "made", [], raising=False)
+    monkeypatch.setattr(_Bcc, "refuses", frozenset(), raising=False)
+    monkeypatch.setattr(bpf, "_bpf_class", lambda: _Bcc)
+    monkeypatch.setattr(bpf, "Ring", lambda *_: type("Ring", (), {"close": lambda self: None})())
+    monkeypatch.setattr(host, "modules", lambda names: dict.fromkeys(names, "kvm"))
+    monkeypatch.setattr(host, "addresses", lambda names: dict.fromkeys(names, 4096))
+    yield _Bcc
+    host.forget_addresses()
+
+
+def _every(engine: str) -> Choice:
+    hooks = plans.HOOKS[engine][0]
+    targets = {hook.target for hook in hooks}
+    return Choice(engine, plans.make(engine, targets, targets), None)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "taken", "why"),
+    [
+        (set(), "fentry", None),
+        # A function that kallsyms has and BTF has not.
+        ({"kvm_arch_vcpu_create"}, "tracepoint", "the fentry engine cannot hook kvm_arch_vcpu_create"),
+        ({"ringbuf"}, None, "could not open bpf map: ring, error: Invalid argument"),
+        ({"mmap"}, None, "the tracepoint engine cannot be loaded: .*Operation not permitted"),
+        # One that decides nothing is left out.
+        ({"kvm_vcpu_reset"}, "fentry", None),
+    ],
+)
+def test_an_engine_that_the_kernel_refuses_half_way_leaves_nothing_behind(
+    kernel: type[_Bcc], monkeypatch: pytest.MonkeyPatch, refuses: set[str], taken: str | None, why: str | None
+) -> None:
+    """The programs are freed before the next engine is tried."""
+    monkeypatch.setattr(kernel, "refuses", frozenset(refuses))
+    offers = [_every(engine) for engine in ("fentry", "kprobe", "tracepoint")]
+    settings = Settings(watched=1, cpus=2)
+
+    def opens(plan: Plan) -> bpf.Engine:
+        return attached(bpf.Engine(plan, settings))
+
+    if taken is None:
+        with pytest.raises(CannotTrace, match=why):
+            first("auto", offers, opens)
+        assert all(one.clean for one in kernel.made)
+        return
+    got = first("auto", offers, opens)
+    assert got.opened.plan.engine == taken
+    assert (why or "the best there is") in got.why
+    assert [one.clean for one in kernel.made] == [True] * (len(kernel.made) - 1) + [False]
