@@ -75,11 +75,16 @@ class Judgement:
         return int(self.restores["ran"].sum())
 
     @property
+    def vouched(self) -> bool:
+        """Tell whether an empty recording means that nothing happened: it had a canary, or it is not empty."""
+        return self.events > 0 or self.meta.get("untried") is None
+
+    @property
     def exit_status(self) -> int:
         """Return the exit status that a report of this gives."""
         if "lost" in self.summary or self.copies_without or self.dropped:
             return verdicts.EXIT_LOST
-        if "undecided" in self.summary or self.loss.total or self.left_out:
+        if "undecided" in self.summary or self.loss.total or self.left_out or not self.vouched:
             return verdicts.EXIT_UNDECIDED
         return verdicts.EXIT_NOTHING_LOST
 

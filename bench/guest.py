@@ -11,7 +11,7 @@ import sys
 import time
 
 from lab.kvm import Ioctl, Kvm
-from lab.stage import raise_by_mce
+from lab.scratch import raise_by_mce
 
 READY = "ready"
 _PAUSE_S = 0.002

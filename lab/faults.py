@@ -31,6 +31,7 @@ from lab.kvm import (
     TimedOut,
     Vcpu,
 )
+from lab.scratch import raise_by_mce
 from lab.stage import (
     AFTER_RSM,
     DIRTY_GPA,
@@ -70,7 +71,6 @@ from lab.stage import (
     no_sync_regs,
     no_triple_fault_event,
     no_userfault,
-    raise_by_mce,
     run_until,
     save,
     save_blindly,

@@ -580,10 +580,14 @@ class _File:
 
 
 class Kvm(_File):
-    """/dev/kvm. The first one of a process must be opened on its main thread."""
+    """/dev/kvm. The first one of a process must be opened on its main thread.
 
-    def __init__(self) -> None:
-        _let_kicks_interrupt()
+    Without ``kicks`` any thread may open it: no KVM_RUN of its VMs can be ended by force.
+    """
+
+    def __init__(self, *, kicks: bool = True) -> None:
+        if kicks:
+            _let_kicks_interrupt()
         try:
             super().__init__(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:

@@ -39,6 +39,7 @@ from lab.kvm import (
     Vm,
     cpuid_of,
 )
+from lab.scratch import raise_by_mce
 from lab.stage import (
     CODE_GPA,
     EXITS,
@@ -54,7 +55,6 @@ from lab.stage import (
     no_mce,
     no_single_step,
     no_smm,
-    raise_by_mce,
     run_until,
     save_blindly,
     save_events,

@@ -9,6 +9,7 @@ import errno
 
 from lab.kvm import KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Exit, Ioctl
 from lab.requests import INTERRUPTED, no_user_nmi
+from lab.scratch import raise_by_mce
 from lab.stage import (
     Registers,
     Stage,
@@ -18,7 +19,6 @@ from lab.stage import (
     must_refuse,
     no_mce,
     no_triple_fault_event,
-    raise_by_mce,
     run_until,
     save,
     save_events,

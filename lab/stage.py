@@ -33,13 +33,13 @@ from lab.kvm import (
     KvmSegment,
     KvmSregs,
     KvmVcpuEvents,
-    KvmX86Mce,
     LabError,
     MpState,
     Pages,
     Vcpu,
     Vm,
 )
+from lab.scratch import MCE_BANK, TSS_GPA
 
 # --- what a scenario is -------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Scenario:
 
 def no_mce(kvm: Kvm) -> str | None:
     """Say why a triple fault cannot be raised by SET_MCE."""
-    return None if kvm.check_extension(Cap.KVM_CAP_MCE) > _BANK else "no machine checks (KVM_CAP_MCE)"
+    return None if kvm.check_extension(Cap.KVM_CAP_MCE) > MCE_BANK else "no machine checks (KVM_CAP_MCE)"
 
 
 def no_triple_fault_event(kvm: Kvm) -> str | None:
@@ -322,7 +322,6 @@ def no_nested_svm(kvm: Kvm) -> str | None:
 
 CODE_GPA = 0x1000
 _MEMORY_SIZE = 0x10000
-_TSS_GPA = 0xFFFB_D000  # three pages that no guest here uses
 _IOAPIC_PINS = 24
 _PORT = 0x80
 _ALIVE = 0x2A
@@ -426,7 +425,7 @@ class Stage:
         with self.kvm.create_vm() as vm:
             self.vms += 1
             self.pids.add(os.getpid())
-            vm.set_tss_addr(_TSS_GPA)
+            vm.set_tss_addr(TSS_GPA)
             if irqchip:
                 vm.create_irqchip()
             if split_irqchip:
@@ -595,22 +594,6 @@ def vmcb(rip: int, intercept: bool) -> bytes:
 def set_triple_fault_event(vm: Vm, on: bool) -> None:
     """Let vCPU events carry a pending triple fault, or no longer: this capability can be turned off."""
     vm.enable_cap(Cap.KVM_CAP_X86_TRIPLE_FAULT_EVENT, int(on))
-
-
-# IA32_MCi_STATUS: VAL, UC, EN, S and AR; IA32_MCG_STATUS: RIPV and MCIP (Intel SDM volume 3, "Machine-Check
-# Architecture").
-_BANK = 9
-_UNCORRECTED = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 56 | 1 << 55
-_IN_PROGRESS = 1 << 2 | 1 << 0
-
-
-def raise_by_mce(vcpu: Vcpu) -> None:
-    """Raise a triple fault: an uncorrected machine check shuts down a guest whose CR4.MCE is 0.
-
-    kvm_vcpu_ioctl_x86_set_mce() in arch/x86/kvm/x86.c does so on every kernel since 5.10 at the latest.
-    """
-    vcpu.setup_mce(_BANK + 1)
-    vcpu.set_mce(KvmX86Mce(status=_UNCORRECTED, mcg_status=_IN_PROGRESS, bank=_BANK))
 
 
 def triple_fault(pending: bool) -> KvmVcpuEvents:

@@ -151,6 +151,7 @@ def source(
         "TRACE_EVENTS": str(int(any(hook.via is Via.TRACEPOINT for hook in plan.attachable))),
         "FILTER": str(int(settings.filtered)),
         "TRACER": str(os.getpid()),
+        "NO_IOCTL": f"{schema.NO_IOCTL:#x}",
         "CPUS": str(settings.cpus),
         "RING_PAGES": str(settings.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
         "MAX_VCPUS": str(settings.max_vcpus),

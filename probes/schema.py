@@ -187,6 +187,8 @@ PAYLOAD_PENDING = 1 << 16
 
 # enum of KVM_EXIT_* (uapi linux/kvm.h), stable ABI.
 KVM_EXIT_SHUTDOWN = 8
+#: _IO(KVMIO, 0xff): no ioctl of a vCPU. KVM refuses it before it looks, for the asking process is not the VM's own.
+NO_IOCTL = 0xAEFF
 KVM_EXIT_SYSTEM_EVENT = 24
 
 

@@ -389,10 +389,17 @@ def losses(judgement: Judgement) -> Sequence[Fact]:
             "vCPUs, threads or guests that did not fit the tracer's maps: not traced",
         ),
         (loss.missed, "missed", "hooks that did not run, or did not find their vCPU"),
+        (
+            loss.unanswered,
+            "unanswered",
+            "vCPUs that ran already and were not seen when they were asked: what was pending in them is not known",
+        ),
         (loss.not_written, "not written", "events that reached the tracer but not the disk"),
     ]
     lost = [Fact(name, f"{count:,} {meaning}") for count, name, meaning in facts if count]
     lost += [Fact("left out", shown(str(reason))) for reason in judgement.left_out]
+    if not judgement.vouched:
+        lost.append(Fact("not tried", "nothing was seen, and nothing shows that the hooks would have seen it"))
     if not judgement.clean:
         lost.append(Fact("killed", "the recorder did not end by itself: what came after its last segment is not known"))
     return lost

@@ -473,7 +473,7 @@ class _Trace:
                 parts.append(self._events(_INSTANT, track, "events lost", "loss", [lost.last_ns], arguments))
         grown = {
             cause: getattr(loss, cause) - getattr(self._loss, cause)
-            for cause in ("ring_full", "map_full", "missed", "not_written", "kicks")
+            for cause in ("ring_full", "map_full", "missed", "not_written", "unanswered", "kicks")
         }
         if any(count > 0 for count in grown.values()):
             parts.append(self._events(_INSTANT, _uuid(_LOSSES), "lost", "loss", [until_ns], grown))

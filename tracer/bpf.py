@@ -26,7 +26,17 @@ from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
 
 # enum counter of probes/programs/vcpu.c.
-_COUNTERS = ("produced", "ring_full", "map_full", "missed", "boundaries", "guest", "kicks_lost", "far_vcpus")
+_COUNTERS = (
+    "produced",
+    "ring_full",
+    "map_full",
+    "missed",
+    "boundaries",
+    "guest",
+    "kicks_lost",
+    "answered",
+    "far_vcpus",
+)
 
 # BCC runs an optimiser of its own after clang's: one of them is enough, and nobody reads the debug information.
 _CFLAGS = ["-Wno-unused-function", "-g0", "-Xclang", "-disable-llvm-passes"]
@@ -226,6 +236,18 @@ class Engine:
             yield
         finally:
             census[ctypes.c_int(0)] = ctypes.c_uint32(0)
+
+    @contextmanager
+    def watching(self, pid: int) -> Iterator[None]:
+        """Meanwhile this process is among those that are traced, whatever the user asked for."""
+        asked_for, key = self._bpf[b"filter"], ctypes.c_uint32(pid)
+        known = key in asked_for
+        asked_for[key] = ctypes.c_uint8(1)
+        try:
+            yield
+        finally:
+            if not known:
+                del asked_for[key]
 
     def descriptors_of(self, pid: int, low: int, high: int) -> None:
         """Tell the programs between which descriptors the vCPUs of a process lie."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -11,18 +9,14 @@ from typing import Any
 
 import numpy as np
 
-import lab.runner
-from lab.kvm import LabError
 from probes import requests
 from probes.btf import Btf, MissingField
 from probes.program import Settings, offsets
 from probes.requests import TRIPLE_FAULT
-from probes.schema import KVM_EXIT_SHUTDOWN, Flag, Kind
-from tracer import guests, host
-from tracer.engines import Choice, Engine, choices, open_engine
+from probes.schema import Flag, Kind
+from tracer import canary, guests, host
+from tracer.engines import Choice, attached, choices, open_engine
 from tracer.errors import KvmreqError
-
-_AWAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -91,53 +85,23 @@ def _bcc() -> Check:
     return Check("BCC", True, version)
 
 
-def _await(engine: Engine, enough: Any) -> Any:
-    """Return the events until ``enough`` says so of them, or time is up."""
-    batches = [engine.drain()]
-    end = time.monotonic() + _AWAIT_S
-    while not enough(np.concatenate(batches)) and time.monotonic() < end:
-        time.sleep(0.01)
-        batches.append(engine.drain())
-    return np.concatenate(batches)
-
-
 def _self_test(choice: Choice) -> Check:
     """Raise a triple fault on a scratch VM; the hooks must see its bit rise and fall."""
     name = f"self-test, {choice.engine}"
     if choice.plan is None or choice.why_not is not None:
         return Check(name, False, f"not run: {choice.why_not}")
-    mask = 1 << TRIPLE_FAULT
     try:
-        with open_engine(choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)) as engine:
-            engine.attach()
-            lab.runner.run("delivered")
-            me = _own_events()
-            seen = _await(engine, lambda events: me(events, mask)[2])
-            rose, fell, ended = me(seen, mask)
-    except (KvmreqError, LabError) as error:
-        return Check(name, False, str(error))
-    if rose and fell and ended:
-        return Check(
-            name, True, f"bit {TRIPLE_FAULT} seen to rise, to fall with KVM_EXIT_SHUTDOWN, and its vCPU to end"
-        )
-    missing = [what for what, there in (("rise", rose), ("fall", fell), ("vCPU's end", ended)) if not there]
-    return Check(name, False, f"the hooks did not see: {', '.join(missing)} of bit {TRIPLE_FAULT} on a scratch VM")
+        engine, heard = attached(open_engine(choice.plan, _settings()), canary.listen)
+        engine.close()
+    except KvmreqError as error:
+        return Check(name, False, error.message)
+    if heard.untried is not None:
+        return Check(name, False, f"not run: {heard.untried}")
+    return Check(name, True, f"bit {TRIPLE_FAULT} seen to rise, to fall with KVM_EXIT_SHUTDOWN, and its vCPU to end")
 
 
-def _own_events() -> Any:
-    pid = os.getpid()
-
-    def seen(events: Any, mask: int) -> tuple[bool, bool, bool]:
-        mine = events[events["pid"] == pid]
-        before, now = (mine["before"] & mask) != 0, (mine["requests"] & mask) != 0
-        shutdown = (mine["kind"] == Kind.RUN_EXIT) & (mine["arg"] == KVM_EXIT_SHUTDOWN)
-        return (
-            bool((~before & now).any()),
-            bool((before & ~now & shutdown).any()),
-            bool((mine["kind"] == Kind.VCPU_END).any()),
-        )
-
-    return seen
+def _settings() -> Settings:
+    return Settings(watched=1 << TRIPLE_FAULT, cpus=host.possible_cpus(), ring_bytes=1 << 20)
 
 
 def _guests(choice: Choice) -> list[dict[str, Any]]:
@@ -146,10 +110,7 @@ def _guests(choice: Choice) -> list[dict[str, Any]]:
     found: dict[int, tuple[bool, bool]] = {}
     if running and choice.plan is not None and choice.why_not is None:
         try:
-            mask = 1 << TRIPLE_FAULT
-            with open_engine(
-                choice.plan, Settings(watched=mask, cpus=host.possible_cpus(), ring_bytes=1 << 20)
-            ) as engine:
+            with open_engine(choice.plan, _settings()) as engine:
                 engine.attach()
                 for pid, descriptors in running.items():
                     with engine.asking_for(pid):
@@ -160,7 +121,7 @@ def _guests(choice: Choice) -> list[dict[str, Any]]:
         for event in events[events["kind"] == Kind.VCPU_NEW]:
             found[int(event["pid"])] = (
                 bool(event["flags"] & Flag.CAP),
-                bool(event["requests"] & mask) or found.get(int(event["pid"]), (False, False))[1],
+                bool(event["requests"] & (1 << TRIPLE_FAULT)) or found.get(int(event["pid"]), (False, False))[1],
             )
     listed = []
     for pid, descriptors in running.items():

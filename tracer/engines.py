@@ -23,6 +23,7 @@ from tracer.fentry import no_fentry
 from tracer.loss import Loss
 
 Opened = TypeVar("Opened")
+Proof = TypeVar("Proof")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Engine(Protocol):
 
     def asking_for(self, pid: int) -> AbstractContextManager[None]:
         """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
+
+    def watching(self, pid: int) -> AbstractContextManager[None]:
+        """Meanwhile this process is among those that are traced, whatever the user asked for."""
 
     def descriptors_of(self, pid: int, low: int, high: int) -> None:
         """Tell the hooks between which descriptors the vCPUs of a process lie."""
@@ -145,14 +149,17 @@ def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Eng
     return bpf.Engine(plan, settings, pids)
 
 
-def attached(engine: AnyEngine) -> AnyEngine:
-    """Return an engine with its hooks set; one that cannot set them is closed. Raises CannotTrace."""
+def attached(engine: AnyEngine, proves: Callable[[AnyEngine], Proof]) -> tuple[AnyEngine, Proof]:
+    """Return an engine with its hooks set, and what ``proves`` gives of it. Raises CannotTrace.
+
+    One that cannot set its hooks, or not prove that they see, is closed.
+    """
     try:
         engine.attach()
+        return engine, proves(engine)
     except BaseException:
         engine.close()
         raise
-    return engine
 
 
 def no_bcc() -> str | None:

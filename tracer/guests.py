@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from probes.schema import NO_IOCTL
 from tracer.errors import NoSuchGuest
 
 PROC = Path("/proc")
 _VCPU = re.compile(r"anon_inode:\[?kvm-vcpu(?::\d+)?\]?")
 _ANY_KVM = re.compile(r"anon_inode:\[?kvm-(?:vm|vcpu)(?::\d+)?\]?|/dev/kvm")
 _PIDFD_GETFD = 438  # Linux commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6)
-# _IO(KVMIO, 0xff): no ioctl of a vCPU. KVM refuses it before it looks, for the asking process is not the VM's own.
-_NO_IOCTL = 0xAEFF
 
 
 @dataclass(frozen=True)
@@ -143,29 +143,38 @@ def check_vmms(pids: Iterable[int]) -> None:
             raise NoSuchGuest(f"process {pid} is no VMM: it has no KVM descriptor open", hint=hint)
 
 
-def ask(pid: int, descriptors: Iterable[int]) -> bool:
+class Asked(NamedTuple):
+    """How many descriptors of vCPUs were asked, and how many this process may not borrow."""
+
+    asked: int
+    refused: int
+
+
+def ask(pid: int, descriptors: Iterable[int]) -> Asked:
     """Make the hooks see these vCPUs of another process now, without waiting for the guest.
 
     Borrows each descriptor (pidfd_getfd) and makes an ioctl that KVM refuses before it touches the vCPU: the guest does
-    not notice. Returns False when the kernel or its policy does not let a descriptor be borrowed.
+    not notice. One that has gone meanwhile, or leads elsewhere by now, is neither asked nor refused.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     try:
         process = os.pidfd_open(pid)
     except OSError:
-        return True  # gone: nothing to see
-    complete = True
+        return Asked(0, 0)  # gone: nothing to see
+    asked = refused = 0
     try:
         for number in descriptors:
             borrowed = libc.syscall(_PIDFD_GETFD, process, number, 0)
             if borrowed < 0:
-                complete = complete and ctypes.get_errno() in (3, 9)  # ESRCH, EBADF: it has gone meanwhile
+                refused += ctypes.get_errno() not in (errno.ESRCH, errno.EBADF)
                 continue
             try:
-                with contextlib.suppress(OSError):
-                    fcntl.ioctl(borrowed, _NO_IOCTL)
+                if _VCPU.fullmatch(str(Path(f"/proc/self/fd/{borrowed}").readlink())):
+                    asked += 1
+                    with contextlib.suppress(OSError):
+                        fcntl.ioctl(borrowed, NO_IOCTL)
             finally:
                 os.close(borrowed)
     finally:
         os.close(process)
-    return complete
+    return Asked(asked, refused)

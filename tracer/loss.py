@@ -33,13 +33,14 @@ class Loss:
         0  # hooks that did not run, or did not find the vCPU of an ioctl: what they would have read is unknown
     )
     not_written: int = 0  # events that reached the tracer but not the disk
+    unanswered: int = 0  # vCPUs that ran already and were not seen when they were asked, or could not be
     kicks: int = 0  # kicks for which the ring had no room: no verdict hangs on them
     vcpus: Mapping[int, VcpuLoss] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Return how many events, vCPUs and hook runs are missing in all."""
-        return self.ring_full + self.map_full + self.missed + self.not_written + self.kicks
+        return self.ring_full + self.map_full + self.missed + self.not_written + self.unanswered + self.kicks
 
     @property
     def blind(self) -> int:
@@ -54,6 +55,7 @@ class Loss:
             "map_full": self.map_full,
             "missed": self.missed,
             "not_written": self.not_written,
+            "unanswered": self.unanswered,
             "kicks": self.kicks,
             "vcpus": {str(number): [loss.count, loss.first_ns, loss.last_ns] for number, loss in self.vcpus.items()},
         }
@@ -66,6 +68,7 @@ class Loss:
             map_full=document["map_full"],
             missed=document["missed"],
             not_written=document["not_written"],
+            unanswered=document.get("unanswered", 0),  # earlier recordings did not count them
             kicks=document.get("kicks", 0),  # recordings of schema 1 have none
             vcpus={int(number): VcpuLoss(*loss) for number, loss in document["vcpus"].items()},
         )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from probes import exits, requests
 from probes.program import Settings
 from probes.schema import SCHEMA_VERSION, Kind
-from tracer import guests, host, tracefs
+from tracer import canary, guests, host, tracefs
 from tracer.engines import Choice, attached, choices, first, open_engine
 from tracer.errors import KvmreqError
 from tracer.loss import Loss
@@ -28,6 +29,7 @@ from tracer.recording import Writer
 _POLL_S = 0.05
 _SEGMENT_S = 1.0  # a segment appears at most twice this after its first event
 _SEGMENT_EVENTS = 2_000_000
+_ASK_TIMES = 3  # a hook can be left out once, where another program is at work on that CPU
 _QUEUE = 4  # segments that wait to be written
 
 Batch = npt.NDArray[np.void]
@@ -122,15 +124,18 @@ class Recorder:
         taken = first(
             self.wish.engine,
             choices(full=self.wish.full),
-            lambda plan: attached(open_engine(plan, settings, self.wish.pids)),
+            lambda plan: attached(open_engine(plan, settings, self.wish.pids), canary.listen),
         )
-        self._engine = taken.opened
+        self._engine, heard = taken.opened
         self.plan = self._engine.plan
         self.notes += [f"{why}: the {self.plan.engine} engine is used" for why in taken.failed]
         try:
             self._modules = host.kvm_modules()
             self.notes += doubts(names, table)
-            self._plan_lines = self._engine.plan.as_json()
+            self._untried = canary.untried(heard)
+            if heard.untried is not None:
+                self.notes.append(f"not tried on a scratch VM whether the hooks see: {heard.untried}")
+            self._plan_lines = [*self._engine.plan.as_json(), *self._untried]
             self._writer = Writer(
                 self.path,
                 {
@@ -155,6 +160,7 @@ class Recorder:
                     "ended_ns": None,
                     "clock": clock,
                     "plan": self._plan_lines,
+                    "untried": heard.untried,
                     "formats": tracefs.formats(exits.EVENTS),
                     "guests": {},
                 },
@@ -168,6 +174,9 @@ class Recorder:
         self._last_segment = time.monotonic()
         self._last_loss = Loss()
         self._ended: set[int] = set()
+        # A recording is of what others do: it begins where the canary has ended.
+        self._of_canary = {"produced": len(heard.own), "boundaries": self._engine.counters()["boundaries"]}
+        self._keep(heard.others)
         self._census()
 
     def _census(self) -> None:
@@ -175,11 +184,26 @@ class Recorder:
             if self.wish.pids and pid not in self.wish.pids:
                 continue
             self._engine.descriptors_of(pid, descriptors[0], descriptors[-1])
+            missing = self._ask(pid, descriptors)
+            if missing:
+                self._unanswered += missing
+                self.notes.append(
+                    f"{missing} vCPUs of process {pid} could not be looked up: each is seen from its next ioctl on"
+                )
+
+    def _ask(self, pid: int, descriptors: Sequence[int]) -> int:
+        """Ask the vCPUs of a process, and return how many of them were not seen for it."""
+        missing = 0
+        for _ in range(_ASK_TIMES):
+            before = self._engine.counters()["answered"]
             with self._engine.asking_for(pid):
-                if not guests.ask(pid, descriptors):
-                    self.notes.append(
-                        f"the vCPUs of process {pid} could not be looked up: each is seen from its next ioctl on"
-                    )
+                asked = guests.ask(pid, descriptors)
+            missing = asked.refused
+            if host.is_root_of_pids():  # else the hooks do not know this process, and who it is that asks
+                missing += asked.asked - (self._engine.counters()["answered"] - before)
+            if missing <= 0:
+                break
+        return missing
 
     def _look_at_modules(self) -> None:
         now = host.kvm_modules()
@@ -196,7 +220,7 @@ class Recorder:
         what = f"{' and '.join(came)} {'was' if len(came) == 1 else 'were'} loaded again"
         self.notes.append(f"{what}: hooks in {'it' if len(came) == 1 else 'them'} are set anew")
         again = {"fact": what, "hook": None, "unseen": "what its functions told until the hooks in it were set anew"}
-        self._plan_lines = [*self._engine.plan.as_json(), again]
+        self._plan_lines = [*self._engine.plan.as_json(), *self._untried, again]
         self._writer.update(plan=self._plan_lines)
 
     def poll(self, timeout_s: float = _POLL_S) -> None:
@@ -209,11 +233,7 @@ class Recorder:
 
     def _take(self) -> None:
         batch = self._engine.drain()
-        if len(batch):
-            self._meet(batch)
-            self._batches.append(batch)
-            self._held += len(batch)
-            self.events += len(batch)
+        self._keep(batch)
         if self.follower is not None:
             # One that fails (its reader has gone) is not called again: stop() must still write what is left.
             follower, self.follower = self.follower, None
@@ -224,6 +244,13 @@ class Recorder:
             self._cut()
         if due:
             self._look_at_modules()
+
+    def _keep(self, batch: Batch) -> None:
+        if len(batch):
+            self._meet(batch)
+            self._batches.append(batch)
+            self._held += len(batch)
+            self.events += len(batch)
 
     def _meet(self, batch: Batch) -> None:
         new = batch[batch["kind"] == Kind.VCPU_NEW]
@@ -241,6 +268,8 @@ class Recorder:
                 self._ended.clear()
 
     _guests_changed = False
+    _unanswered = 0
+    _untried: Sequence[dict[str, Any]] = ()
     _final_loss: Loss | None = None
 
     def _cut(self) -> None:
@@ -259,7 +288,7 @@ class Recorder:
     def loss(self) -> Loss:
         """Return everything that was lost until now, or until :meth:`stop`."""
         loss = self._engine.loss() if self._final_loss is None else self._final_loss
-        return replace(loss, not_written=self._segments.not_written)
+        return replace(loss, not_written=self._segments.not_written, unanswered=self._unanswered)
 
     @property
     def size(self) -> int:
@@ -282,7 +311,7 @@ class Recorder:
                 raise self._segments.error
             self._writer.update(
                 ended_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
-                counters=self._engine.counters(),
+                counters={name: n - self._of_canary.get(name, 0) for name, n in self._engine.counters().items()},
                 segments=self._writer.segments,
                 guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},
             )

@@ -18,8 +18,8 @@ from probes import exits, program, requests
 from probes import stat as programs
 from probes.plan import Plan, Via
 from probes.requests import TRIPLE_FAULT
-from probes.schema import Kind
-from tracer import guests, host, tracefs
+from probes.schema import KVM_EXIT_SHUTDOWN, Kind
+from tracer import canary, guests, host, tracefs
 from tracer.bpf import Engine
 from tracer.engines import Choice, attached, choices, first
 from tracer.errors import KvmreqError
@@ -154,6 +154,28 @@ def _offers() -> Iterator[Choice]:
             yield Choice(choice.engine, made, made.hopeless)
 
 
+def _heard(made: _Programs) -> canary.Heard:
+    """Have a canary counted, and forget it."""
+
+    def misses(own: npt.NDArray[np.void]) -> Iterator[str]:
+        number = np.unique(own["vcpu"])
+        counted, values = made.values.read()
+        vcpus, words = made.words.read()
+        mine, word = np.isin(counted["vcpu"], number), np.isin(vcpus, number)
+        delivered = mine & (counted["kind"] == exits.Kind.USER) & (counted["reason"] == KVM_EXIT_SHUTDOWN)
+        made.values.delete(counted[mine])
+        made.words.delete(vcpus[word])
+        for what, seen in (
+            ("the request that was pending", words[word]["raised"][:, TRIPLE_FAULT]),
+            ("its delivery", words[word]["serviced"][:, TRIPLE_FAULT]),
+            ("its exit to user space", values[delivered]["count"]),
+        ):
+            if seen.sum() != 1:
+                yield what
+
+    return canary.listen(made, misses)
+
+
 @dataclass
 class Statistics:
     """Counting on a live host. Use: ``start()``, :meth:`readings`, and ``close()``."""
@@ -165,8 +187,8 @@ class Statistics:
         """Attach. Raises KvmreqError."""
         guests.check_vmms(self.only.pids)
         running = guests.running()
-        taken = first(self.engine, _offers(), lambda plan: attached(_Programs(plan, self.only.pids)))
-        self._programs = taken.opened
+        taken = first(self.engine, _offers(), lambda plan: attached(_Programs(plan, self.only.pids), _heard))
+        self._programs, heard = taken.opened
         self.plan = self._programs.plan
         self.notes = [f"{why}: the {self.plan.engine} engine is used" for why in taken.failed]
         for pid, descriptors in running.items():
@@ -179,7 +201,9 @@ class Statistics:
         self._ended: set[int] = set()
         self._reserved = {pid: place for place, pid in enumerate(sorted(running), 1)}
         self._next_vm = len(running) + 1
-        self._unseen = [line["unseen"] for line in self._programs.plan.as_json() if line["hook"] is None]
+        self._meet(heard.others)
+        plan = [*self._programs.plan.as_json(), *canary.untried(heard)]
+        self._unseen = [line["unseen"] for line in plan if line["hook"] is None]
         self._unseen += [
             f"the names of {name}'s reasons (its format in tracefs cannot be read)"
             for name in exits.EVENTS

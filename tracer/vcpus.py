@@ -17,6 +17,7 @@ from probes.requests import TRIPLE_FAULT
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
+    NO_IOCTL,
     PAYLOAD_FLAGS,
     PAYLOAD_PENDING,
     RAN,
@@ -158,6 +159,8 @@ class Vcpus:
     calls: Collection[str] = ()  # programs of functions that are hooked in detail full
     events: list[tuple[int, ...]] = field(default_factory=list)  # made and not yet taken; fields of schema.EVENT
     boundaries: int = 0
+    asker: int = 0  # the thread that asks vCPUs meanwhile,
+    answered: int = 0  # and how many were seen for it
     lost: dict[int, VcpuLoss] = field(default_factory=dict)  # by vCPU: what was told and could not be read
 
     def __post_init__(self) -> None:
@@ -336,6 +339,7 @@ class Vcpus:
         if state is None:
             return
         cmd = record.cmd
+        self.answered += cmd == NO_IOCTL and record.common_pid == self.asker
         self._threads[record.common_pid] = _Inside(record.vcpu, cmd)
         what = Kind.RUN_ENTER if cmd == KVM_RUN else Kind.IOCTL_ENTER, cmd, 0
         # What was raised since it was saved is not left out by that once it runs.
@@ -478,7 +482,7 @@ class Vcpus:
     @staticmethod
     def _preserved(record: Any, time_ns: int, vcpu: int) -> _Reading | None:
         for register in PRESERVED:
-            if getattr(record, register) == vcpu:
+            if getattr(record, register, None) == vcpu:  # a kernel may have them not read
                 word = getattr(record, f"{register}_requests")
                 return _Reading(time_ns, word, 0, getattr(record, f"{register}_nested", 0))
         return None

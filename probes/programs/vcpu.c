@@ -127,6 +127,7 @@ enum counter {
 	COUNT_BOUNDARIES,	/* readings at a boundary, sent or not */
 	COUNT_GUEST,		/* events made where the guest was entered or left, or a vCPU stopped blocking */
 	COUNT_KICKS,		/* kicks and requests of several vCPUs for which the ring had no room, or whose end was not seen */
+	COUNT_ANSWERED,		/* vCPUs that the tracer asked, and that were seen for it */
 	COUNT_FAR,		/* vCPUs that are not looked at where a request of several vCPUs has been raised */
 	COUNTERS
 };
@@ -656,6 +657,13 @@ static inline void tell_last(struct vcpu_state *state, u64 vcpu, struct in_ioctl
 		state->last_ns = in->last_ns;
 }
 
+/* The tracer counts the vCPUs that it asks, and so does the hook that sees them: what is missing was not seen. */
+static inline void answer(u32 cmd)
+{
+	if (cmd == NO_IOCTL && bpf_get_current_pid_tgid() >> 32 == TRACER)
+		count(COUNT_ANSWERED);
+}
+
 /* A thread enters an ioctl of a vCPU. */
 static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 cmd, u64 argument)
 {
@@ -696,6 +704,7 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 		send_if = WATCHED;	/* what was raised since it was saved is not left out by that any more */
 	}
 	boundary(state, vcpu, kind, cmd, 0, send_if);
+	answer(cmd);
 }
 
 static inline void leave(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in)

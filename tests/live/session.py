@@ -154,7 +154,8 @@ VMM = """
 import ctypes, mmap, sys, threading, time
 from pathlib import Path
 from lab.kvm import Exit, Kvm, MpState, TimedOut
-from lab.stage import SIGN_OF_LIFE, Stage, bounce, raise_by_mce, save_blindly, shut_down
+from lab.scratch import raise_by_mce
+from lab.stage import SIGN_OF_LIFE, Stage, bounce, save_blindly, shut_down
 
 def sleep_in_kvm_run():
     def wait():

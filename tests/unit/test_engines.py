@@ -158,7 +158,7 @@ def test_an_engine_that_the_kernel_refuses_half_way_leaves_nothing_behind(
     settings = Settings(watched=1, cpus=2)
 
     def opens(plan: Plan) -> bpf.Engine:
-        return attached(bpf.Engine(plan, settings))
+        return attached(bpf.Engine(plan, settings), lambda engine: None)[0]
 
     if taken is None:
         with pytest.raises(CannotTrace, match=why):

@@ -328,8 +328,8 @@ def test_losses_are_marks(tmp_path: Path) -> None:
         (2020, perfetto.MARKS, 19), (2030, "losses", 4), (2950, perfetto.MARKS, 5),
     ]  # fmt: skip
     assert [each.arguments for each in trace.named("lost")] == [
-        {"ring_full": 23, "map_full": 0, "missed": 0, "not_written": 0, "kicks": 0},
-        {"ring_full": 5, "map_full": 0, "missed": 3, "not_written": 0, "kicks": 0},
+        {"ring_full": 23, "map_full": 0, "missed": 0, "not_written": 0, "unanswered": 0, "kicks": 0},
+        {"ring_full": 5, "map_full": 0, "missed": 3, "not_written": 0, "unanswered": 0, "kicks": 0},
     ]
     (request,) = (each for each in trace.slices if each.category == "request")
     assert request.arguments["end"] == "undecided"

@@ -275,6 +275,30 @@ def test_missing_segments_are_named(recorded: Path, gone: list[int], said: list[
     assert judge(Recording.open(recorded)).exit_status == 4
 
 
+@pytest.mark.parametrize(
+    ("untried", "events", "status"),
+    [(None, 0, 0), ("/dev/kvm is missing", 0, 4), ("/dev/kvm is missing", 23, 0)],
+)
+def test_an_empty_recording_without_a_canary_is_no_all_clear(
+    tmp_path: Path, untried: str | None, events: int, status: int
+) -> None:
+    """Hooks that see nothing leave the same: an event, whoever's, shows that they see."""
+    writer = Writer(tmp_path / "recording", {**META, "untried": untried})
+    writer.segment(events_of(1, events) if events else np.zeros(0, EVENT), Loss(), 1_999_999)
+    writer.update(ended_ns=9_000_000, segments=writer.segments)
+    assert judge(Recording.open(writer.path)).exit_status == status
+
+
+def test_vcpus_that_did_not_answer_are_a_loss(tmp_path: Path) -> None:
+    """No verdict hangs on them, for they are in none."""
+    loss = Loss(unanswered=3)
+    writer = Writer(tmp_path / "recording", META)
+    writer.segment(events_of(1), loss, 1_999_999)
+    writer.update(ended_ns=9_000_000, segments=writer.segments)
+    judgement = judge(Recording.open(writer.path))
+    assert (judgement.exit_status, judgement.loss, loss.blind) == (4, loss, 0)
+
+
 def test_a_temporary_file_of_a_crash_is_no_segment(recorded: Path) -> None:
     """Nor is anything else that lies there."""
     (recorded / ".segment-000004.parquet.tmp").write_bytes(b"half a segm")

@@ -161,6 +161,7 @@ class Judged:
     summary: Mapping[str, int] = field(default_factory=dict)
     exit_status: int = 0
     left_out: list[str] = field(default_factory=list)
+    vouched: bool = True
     clean: bool = True
     meta: Mapping[str, Any] = field(default_factory=lambda: META)
     ordering: Ordered = field(default_factory=Ordering({}, {}, (), "boundary").finish)
@@ -608,6 +609,15 @@ def test_the_headline_says_the_worst(ends: list[str], says: str) -> None:
     """One line, and lost before undecided."""
     found = judgement([lifecycle(number, end) for number, end in enumerate(ends, start=1)])
     assert text.report(source(found)).splitlines()[0] == says
+
+
+def test_an_empty_recording_is_no_all_clear_where_nothing_shows_that_the_hooks_see() -> None:
+    """What was not tried is a loss like any other; the headline is that of the exit status."""
+    judged_so = judgement([], vouched=False)
+    judged_so.exit_status = 4
+    assert judged.headline(judged_so).text == "nothing seen lost, but not everything was seen"
+    (lost,) = judged.losses(judged_so)
+    assert lost.name == "not tried"
 
 
 @pytest.mark.parametrize("exact", [True, False, None])

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from probes.fetch import PRESERVED
-from probes.schema import EVENT, IN_GUEST_MODE, PAYLOAD_PENDING, REMOTE, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import (
+    EVENT,
+    IN_GUEST_MODE,
+    NO_IOCTL,
+    PAYLOAD_PENDING,
+    REMOTE,
+    VALID_TRIPLE_FAULT,
+    End,
+    Flag,
+    Kind,
+    Site,
+)
 from tracer.vcpus import KVM_GET_VCPU_EVENTS, KVM_RUN, KVM_SET_VCPU_EVENTS, Vcpus
 
 TF = 1 << 10
@@ -141,6 +152,17 @@ def test_a_restore_tells_its_payload_and_its_result(ret: int, leaves: int) -> No
     assert restore["detail"] == VALID_TRIPLE_FAULT | PAYLOAD_PENDING
 
 
+@pytest.mark.parametrize("registers", [{}, dict.fromkeys(PRESERVED, 0)])
+@pytest.mark.parametrize(("ret", "leaves"), [(0, TF), (-22, 0)])
+def test_a_restore_through_kvm_run_is_told_by_kvms_rule_where_no_register_holds_the_vcpu(
+    registers: dict[str, int], ret: int, leaves: int
+) -> None:
+    """Nor where the kernel is not asked for any."""
+    stream = Stream()("vcpu_create")("vcpu_ioctl", cmd=KVM_RUN)("set_events", flags=0x20, pending=1)
+    restore = stream("set_events_end", ret=ret, **registers).events[-1]
+    assert (restore["kind"], restore["requests"], restore["flags"] & Flag.SYNC) == (Kind.RESTORE, leaves, Flag.SYNC)
+
+
 @pytest.mark.parametrize(("holds", "told"), [(VCPU, [Kind.SITE, Kind.RUN_EXIT]), (VCPU + 8, [Kind.RUN_EXIT])])
 def test_a_function_inside_kvm_is_believed_if_a_register_holds_the_vcpu(holds: int, told: list[Kind]) -> None:
     """Any other value is no vCPU, and what lies behind it is not looked at."""
@@ -189,6 +211,16 @@ def test_only_the_processes_asked_for_are_told() -> None:
     """Of another one nothing is kept."""
     stream = Stream(pids={PID + 1})("vcpu_create").ioctl(SET_MCE, leaves=TF)("vcpu_destroy")
     assert not stream.vcpus.events
+
+
+def test_only_what_the_tracer_asks_is_an_answer_to_it() -> None:
+    """Other threads may ask, another kvmreq too, and the tracer has other ioctls."""
+    stream = Stream()
+    stream.vcpus.asker = 88
+    stream("vcpu_ioctl", cmd=NO_IOCTL)("vcpu_ioctl", tid=88, cmd=SET_MCE)
+    assert stream.vcpus.answered == 0
+    stream("vcpu_ioctl", tid=88, cmd=NO_IOCTL)("vcpu_ioctl", tid=88, cmd=NO_IOCTL)
+    assert stream.vcpus.answered == 2
 
 
 def test_a_capability_counts_once_kvm_has_taken_it() -> None:

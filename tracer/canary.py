@@ -1,0 +1,116 @@
+"""The canary: a scratch VM of kvmreq's own, whose life must be seen through the hooks that were just set.
+
+Hooks can be set and yet tell nothing: an address that the kernel hides, a program that is never called, a field that is
+not where BTF has it. A trace through them is empty, and looks like a host on which nothing was lost.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lab import scratch
+from lab.kvm import LabError
+from probes.requests import TRIPLE_FAULT
+from probes.schema import KVM_EXIT_SHUTDOWN, Flag, Kind
+from tracer import host
+from tracer.engines import Engine
+from tracer.errors import CannotTrace
+
+_AWAIT_S = 5.0
+_LOOK_S = 0.001
+_BIT = 1 << TRIPLE_FAULT
+# Events of a whole VM, which have its number in their detail.
+_OF_A_VM = (Kind.VM_CAP, Kind.REQUEST_ALL, Kind.REQUEST_ALL_END)
+
+Batch = npt.NDArray[np.void]
+#: What is missing in the events of a vCPU that was created, had a triple fault, delivered it and ended.
+Misses = Callable[[Batch], Iterable[str]]
+
+
+class Heard(NamedTuple):
+    """What was drained while the canary lived."""
+
+    others: Batch  # events of everyone else
+    own: Batch  # events of the canary
+    untried: str | None = None  # why there was none
+
+
+def misses(own: Batch) -> list[str]:
+    """Return what is missing in the events of the canary."""
+    ended = own[(own["kind"] == Kind.RUN_EXIT) & (own["arg"] == KVM_EXIT_SHUTDOWN)]
+    before, after = ended["before"] & _BIT != 0, ended["requests"] & _BIT != 0
+    return [
+        what
+        for what, seen in (
+            ("the request that was pending", before.any()),
+            ("its delivery", (before & ~after).any()),
+        )
+        if not seen
+    ]
+
+
+def listen(engine: Engine, misses: Misses = misses) -> Heard:
+    """Let a canary live, and return what the hooks told meanwhile. Raises CannotTrace if they did not see it.
+
+    ``misses``: what its events lack beside its creation and its end.
+    """
+    batches = [engine.drain()]
+    untried = host.no_dev_kvm()
+    if untried is not None:
+        return Heard(batches[0], batches[0][:0], untried)
+    with engine.watching(os.getpid()):
+        try:
+            scratch.life()
+        except LabError as error:
+            return Heard(batches[0], batches[0][:0], f"a scratch VM cannot be made: {error}")
+        end = time.monotonic() + _AWAIT_S
+        while True:
+            batches.append(engine.drain())
+            seen = np.concatenate(batches)
+            mine = _mine(seen)
+            own = seen[mine]
+            if (own["kind"] == Kind.VCPU_END).any() or time.monotonic() > end:
+                break
+            time.sleep(_LOOK_S)
+    missing = [
+        what
+        for what, kind in (("its creation", Kind.VCPU_NEW), ("its end", Kind.VCPU_END))
+        if not (own["kind"] == kind).any()
+    ]
+    missing += misses(own)
+    if missing:
+        raise CannotTrace(
+            f"the {engine.plan.engine} engine's hooks are set and do not see a scratch VM: {', '.join(missing)}",
+            hint="kvmreq doctor tells what works here",
+        )
+    return Heard(seen[~mine], own)
+
+
+def untried(heard: Heard) -> list[dict[str, Any]]:
+    """Return the line of a recording's plan that says so, where there was no canary."""
+    if heard.untried is None:
+        return []
+    return [
+        {
+            "fact": "a scratch VM is seen through the hooks",
+            "hook": None,
+            "unseen": f"whether the hooks see anything, before the first event ({heard.untried})",
+        }
+    ]
+
+
+def _mine(events: Batch) -> npt.NDArray[Any]:
+    """Tell of each event whether it is about the canary."""
+    new = events[(events["kind"] == Kind.VCPU_NEW) & (events["arg"] == scratch.UNUSUAL_ID)]
+    new = new[new["flags"] & Flag.CREATED != 0]
+    if host.is_root_of_pids():  # else events have numbers of processes that this one does not know
+        new = new[new["pid"] == os.getpid()]
+    of_its_vm = np.isin(events["kind"], _OF_A_VM) & np.isin(events["detail"], new["detail"])
+    mine: npt.NDArray[Any] = np.isin(events["vcpu"], new["vcpu"]) | of_its_vm
+    return mine
