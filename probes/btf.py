@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
+import struct
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,36 @@ BTF_DIRECTORY = Path("/sys/kernel/btf")
 # enum of BTF_KIND_* (uapi linux/btf.h), stable ABI.
 _INT, _PTR, _ARRAY, _STRUCT, _UNION = 1, 2, 3, 4, 5
 _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO, _TYPE_TAG = 8, 9, 10, 11, 12, 13, 18
+_ENUM, _FWD, _VAR, _DATASEC, _FLOAT, _DECL_TAG, _ENUM64 = 6, 7, 14, 15, 16, 17, 19
 _TRANSPARENT = {_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG}
+
+
+# What follows a struct btf_type (uapi linux/btf.h), in words of 4 bytes: once, and for each of its members.
+_TAILS = {_INT: (1, 0), _ARRAY: (3, 0), _VAR: (1, 0), _DECL_TAG: (1, 0)}
+_TAILS |= {_ENUM: (0, 2), _FUNC_PROTO: (0, 2)} | dict.fromkeys((_STRUCT, _UNION, _DATASEC, _ENUM64), (0, 3))
+# A libbpf refuses all of a kernel's BTF for one kind that it does not know; each of these came later than those that
+# have the same shape in memory, and nothing here looks at any of them.
+_OLDER = {_FLOAT: _FWD, _DECL_TAG: _VAR, _TYPE_TAG: _CONST, _ENUM64: _STRUCT}
+_MAGIC = 0xEB9F
+_HEADER = struct.Struct("<HBBIIIII")  # struct btf_header: magic, version, flags, hdr_len, type_off, type_len, ...
+
+
+def older(data: bytes) -> bytes:
+    """Return BTF with kinds that every libbpf knows: an ENUM64, which came with libbpf 1.0, is a struct then."""
+    magic, _, _, length, offset, size, _, _ = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        return data
+    changed = bytearray(data)
+    words = memoryview(changed)[length + offset : length + offset + size].cast("I")
+    at = 0
+    while at + 2 < len(words):
+        info = words[at + 1]
+        kind = info >> 24 & 0x1F
+        if kind in _OLDER:
+            words[at + 1] = info & ~(0x1F << 24) | _OLDER[kind] << 24
+        once, each = _TAILS.get(kind, (0, 0))
+        at += 3 + once + each * (info & 0xFFFF)
+    return bytes(changed)
 
 
 class MissingField(LookupError):
@@ -95,13 +126,21 @@ class Btf:
         self._top = self._parse(path, self._base) if path and self.has_module else self._base
 
     def _parse(self, path: Path, base: int | None) -> int:
-        raw = str(path).encode()
         if not path.exists():
             raise MissingField(f"{path} is missing: this kernel was built without BTF (CONFIG_DEBUG_INFO_BTF)")
-        handle = self._lib.btf__parse_split(raw, base) if base else self._lib.btf__parse(raw, None)
-        if not handle or self._lib.libbpf_get_error(handle):
+        handle = self._read(path, base)
+        if handle is None:
+            with os.fdopen(os.memfd_create("btf"), "w+b", buffering=0) as copy:
+                copy.write(older(path.read_bytes()))
+                handle = self._read(Path(f"/proc/self/fd/{copy.fileno()}"), base)
+        if handle is None:
             raise MissingField(f"{path} cannot be read as BTF")
-        return int(handle)
+        return handle
+
+    def _read(self, path: Path, base: int | None) -> int | None:
+        raw = str(path).encode()
+        handle = self._lib.btf__parse_split(raw, base) if base else self._lib.btf__parse(raw, None)
+        return None if not handle or self._lib.libbpf_get_error(handle) else int(handle)
 
     def close(self) -> None:
         """Free what libbpf holds: tens of megabytes."""

@@ -44,7 +44,6 @@ _FIELDS = (
     ("OFFSET_SIGNAL", "task_struct.signal", False),
     ("OFFSET_STACK", "task_struct.stack", False),
     ("OFFSET_STATUS", "task_struct.thread_info.status", True),
-    ("OFFSET_MUTEX_OWNER", "kvm_vcpu.mutex.owner", False),
     ("OFFSET_LIVE", "signal_struct.live", False),
     ("OFFSET_DX", "pt_regs.dx", False),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
@@ -66,6 +65,10 @@ _FIELDS = (
     ("OFFSET_MODE", "kvm_vcpu.mode", True),
     ("OFFSET_VCPU_IDX", "kvm_vcpu.vcpu_idx", True),
 )
+
+# Who is inside an ioctl of a vCPU, which the tracepoint engine alone has to know. With CONFIG_PREEMPT_RT a mutex is an
+# rt_mutex (include/linux/mutex_types.h); the low bits of either's owner are its own.
+_MUTEX_OWNERS = ("kvm_vcpu.mutex.owner", "kvm_vcpu.mutex.rtmutex.owner")
 
 # Every type whose size they need where bpf_task_pt_regs() is missing. The stack of a task (THREAD_SIZE) is as large as
 # that for interrupts (IRQ_STACK_SIZE): both are 4 pages, and more under KASAN (arch/x86/include/asm/page_64_types.h).
@@ -98,12 +101,14 @@ class Settings:
     max_vms: int = 8192
 
 
-def offsets(btf: Btf) -> dict[str, int]:
-    """Return the offset of every field that the programs read, and the sizes, by the names of their constants.
+def offsets(btf: Btf, engine: str) -> dict[str, int]:
+    """Return the offset of every field that an engine's programs read, and the sizes, by the names of their constants.
 
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
     found = btf.offsets(_FIELDS)
+    if engine == "tracepoint":
+        found["OFFSET_MUTEX_OWNER"] = btf.offset(next(filter(btf.has, _MUTEX_OWNERS), _MUTEX_OWNERS[0]))
     for constant, what in _SIZES:
         if btf.has(what):
             found[constant] = btf.size(what)
@@ -122,10 +127,13 @@ _PREFIXES = {Via.FENTRY: "kfunc", Via.FEXIT: "kretfunc"}
 
 
 def name(hook: Hook, modules: Mapping[str, str]) -> str:
-    """Return the name of a hook's program; ``modules`` tells in which module a function is."""
+    """Return the name of a hook's program; ``modules`` tells in which module a function is.
+
+    It is empty for a BCC that knows no modules: there the function's name follows at once.
+    """
     if hook.via not in _PREFIXES:
         return hook.program
-    return f"{_PREFIXES[hook.via]}__{modules[hook.target]}__{hook.target}"
+    return "__".join(filter(None, (_PREFIXES[hook.via], modules[hook.target], hook.target)))
 
 
 def source(
@@ -139,7 +147,8 @@ def source(
     """Return the C source of a plan's programs, and of those that are added to them.
 
     ``found`` is what :func:`offsets` gave; ``symbols`` holds the addresses of ``kvm_vcpu_ioctl`` and ``kvm_vm_ioctl``,
-    by which the tracepoint engine knows a vCPU's file from another one; ``modules`` tells where the functions are.
+    by which the tracepoint engine knows a vCPU's file from another one, or 0 where the kernel hides them; ``modules``
+    tells where the functions are.
     """
     constants = {
         "WATCHED": f"{settings.watched | settings.dead:#x}ULL",
@@ -151,6 +160,7 @@ def source(
         "TRACE_EVENTS": str(int(any(hook.via is Via.TRACEPOINT for hook in plan.attachable))),
         "FILTER": str(int(settings.filtered)),
         "TRACER": str(os.getpid()),
+        "HIDDEN": str(int(not symbols.get("kvm_vcpu_ioctl"))),
         "NO_IOCTL": f"{schema.NO_IOCTL:#x}",
         "CPUS": str(settings.cpus),
         "RING_PAGES": str(settings.ring_bytes // os.sysconf("SC_PAGE_SIZE")),

@@ -7,20 +7,23 @@ fails goes into the error, not to the terminal.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from lab import scratch
+from lab.kvm import LabError
 from probes import program
 from probes.btf import Btf, MissingField
 from probes.plan import Hook, Plan, Via
-from probes.schema import EVENT
-from tracer import host
+from probes.schema import EVENT, NO_IOCTL
+from tracer import fentry, host
 from tracer.errors import CannotTrace
 from tracer.loss import Loss, VcpuLoss
 from tracer.ring import Ring
@@ -104,16 +107,17 @@ class Engine:
     ) -> None:
         self.plan = plan
         self.settings = settings
-        self._modules = host.modules(hook.target for hook in plan.attachable) if plan.engine == "fentry" else {}
+        self._modules = fentry.modules(hook.target for hook in plan.attachable) if plan.engine == "fentry" else {}
         try:
             with Btf("kvm") as btf:
-                found = program.offsets(btf)
+                found = program.offsets(btf, plan.engine)
         except MissingField as error:
             raise CannotTrace(
                 f"the {plan.engine} engine cannot read vCPUs: {error}", hint="kvmreq doctor tells what works here"
             ) from error
         if any(hook.target == "kvm_exit" for hook in plan.attachable):
             found |= host.reason_offsets()
+        self._hidden = plan.engine == "tracepoint" and host.hides_addresses()
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
         host.forget_addresses()
         text = program.source(plan, settings, found, symbols, self._modules, more)
@@ -157,6 +161,21 @@ class Engine:
                             hint="kvmreq doctor tells what works here",
                         ) from error
                     self.plan = self.plan.refusing(hook, why)
+        if self._hidden:
+            self._show_own()
+
+    def _show_own(self) -> None:
+        # By what the programs know the file of a vCPU and of a VM, where no address tells: see learn().
+        try:
+            with scratch.vcpu() as vcpu:
+                for number, file in enumerate((vcpu, vcpu.vm), start=1):
+                    with suppress(OSError):  # it is no ioctl
+                        fcntl.ioctl(file.fd, NO_IOCTL, number)
+        except LabError as error:
+            raise CannotTrace(
+                f"the kernel hides its addresses, and a VM of kvmreq's own cannot show them: {error}",
+                hint="kvmreq doctor tells what works here",
+            ) from error
 
     def _attach(self, hook: Hook) -> None:
         # BCC warns of names that are no bytes.

@@ -64,7 +64,7 @@ def _btf() -> Check:
         return Check("BTF", False, reason)
     try:
         with Btf("kvm") as btf:
-            found = offsets(btf)
+            found = offsets(btf, "tracepoint")
             where = "of vmlinux and the kvm module" if btf.has_module else "of vmlinux"
     except MissingField as error:
         return Check("BTF", False, str(error))

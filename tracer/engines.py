@@ -174,9 +174,12 @@ def no_bcc() -> str | None:
 def _refused(engine: str) -> str | None:
     if engine == "ftrace":
         return ftrace.refused()
-    reason = host.not_allowed() or host.no_btf() or no_bcc()
+    reason = host.not_allowed() or host.no_btf() or no_bcc() or host.no_ring()
     if reason is None and engine == "kprobe":
         reason = host.no_kprobes()
+    if reason is None and engine == "tracepoint" and host.kvm().flavours and host.hides_addresses():
+        unable = host.no_dev_kvm()
+        reason = unable and f"the kernel hides its addresses (kernel.kptr_restrict), and of a VM of its own: {unable}"
     if reason is None and engine == "fentry":
         reason = no_fentry()
     return reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -83,10 +84,25 @@ def bcc_too_old(module: str) -> str | None:
         import bcc
     except ImportError:
         return "Python cannot import bcc: install the package python3-bpfcc"
-    library = _mapped("libbcc.so")
-    if library is not None and b"MODULE_KFUNC_PROBE" not in library:
+    if not _knows_modules():
         return f"this BCC ({getattr(bcc, '__version__', 'of unknown version')}) reaches no modules: that came with 0.28"
     return None
+
+
+def modules(functions: Iterable[str]) -> dict[str, str]:
+    """Return the module of each of these functions, as BCC wants it in the name of a program.
+
+    One that knows no modules takes the name of one, vmlinux too, for a part of the function's.
+    """
+    found = host.modules(functions)
+    import bcc  # noqa: F401 - so that its library is there to be looked at
+
+    return found if _knows_modules() else dict.fromkeys(found, "")
+
+
+def _knows_modules() -> bool:
+    library = _mapped("libbcc.so")
+    return library is None or b"MODULE_KFUNC_PROBE" in library
 
 
 def _mapped(name: str) -> bytes | None:

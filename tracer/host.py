@@ -165,6 +165,14 @@ def tracepoints(names: Iterable[str]) -> set[str]:
     return {name.removeprefix("__traceiter_") for name in found}
 
 
+def hides_addresses() -> bool:
+    """Tell whether the kernel names KVM's functions and not their addresses.
+
+    kernel.kptr_restrict = 2 does so for everybody: kallsyms_show_value() in kernel/ksyms_common.c.
+    """
+    return not addresses(("kvm_vcpu_ioctl",)).get("kvm_vcpu_ioctl")
+
+
 @cache  # every engine asks, and BTF takes its time
 def preempts_raw_tracepoints() -> bool:
     """Tell whether programs on raw tracepoints can be preempted, and with tracefs there is another way.
@@ -211,6 +219,20 @@ def no_kprobes() -> str | None:
     mode = lockdown()
     if mode == "confidentiality":
         return "the kernel is locked down (confidentiality): kprobes are refused"
+    return None
+
+
+def no_ring() -> str | None:
+    """Say why programs have no ring to put events into, if so."""
+    if not addresses(("bpf_ringbuf_reserve",)):
+        return "this kernel has no BPF ring buffers, which came with Linux 5.8"
+    with contextlib.suppress(MissingField), Btf() as btf:
+        # Linux commit 8b62645b09f8 ("bpf: Use raw_spinlock_t in ringbuf") (in v6.12). With CONFIG_PREEMPT_RT another
+        # spinlock is an rt_mutex, which has an owner and sleeps: programs may not.
+        if btf.has("bpf_ringbuf.spinlock.lock.owner"):
+            return (
+                "the ring buffers of this real-time kernel may sleep where programs may not; those of Linux 6.12 do not"
+            )
     return None
 
 

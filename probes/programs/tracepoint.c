@@ -149,12 +149,33 @@ static inline u64 behind(u64 file, u32 what)
 	if (!file || !known || read_opened(&opened, file))
 		return 0;
 	if (opened.f_op != *known || !*known) {
+#if HIDDEN
+		return 0;
+#else
 		if (read_u64(opened.f_op + OFFSET_UNLOCKED_IOCTL) != (what == OF_VCPU ? KVM_VCPU_IOCTL : KVM_VM_IOCTL))
 			return 0;
 		*known = opened.f_op;
+#endif
 	}
 	return opened.private_data;
 }
+
+#if HIDDEN
+/*
+ * The kernel hides the addresses of KVM's functions (kernel.kptr_restrict), so the tracer shows a vCPU and a VM of its
+ * own, by an ioctl that is none. Its argument is 1 + OF_VCPU or 1 + OF_VM.
+ */
+static inline void learn(struct arguments *arguments)
+{
+	u32 what = arguments->dx - 1, fd = arguments->di, max = 0;
+	u64 table = descriptors(&max), *known = operations.lookup(&what);
+	struct opened opened = {};
+
+	if (known && fd < max && bpf_get_current_pid_tgid() >> 32 == TRACER &&
+	    !read_opened(&opened, read_u64(table + 8 * (u64)fd)))
+		*known = opened.f_op;
+}
+#endif
 
 static inline u64 behind_fd(u32 fd, u32 what)
 {
@@ -343,6 +364,10 @@ static inline void ioctl_begins(void)
 	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
 	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO || of_32_bit_code())
 		return;
+#if HIDDEN
+	if (cmd == NO_IOCTL)
+		learn(&arguments);
+#endif
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
 		of = 0;
 	} else if (cmd == KVM_ENABLE_CAP) {

@@ -29,7 +29,7 @@ from tracer.bpf import _CFLAGS, _bpf_class
 
 engine, distance, full = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "full"
 with Btf("kvm") as btf:
-    found = program.offsets(btf)
+    found = program.offsets(btf, engine)
 found["OFFSET_PRIVATE_DATA"] = distance
 for constant, _, optional in program._FIELDS:
     if optional:
@@ -43,6 +43,8 @@ else:
     found["OFFSET_MODE"] = found["OFFSET_REQUESTS"] - 16
 modules = dict.fromkeys(targets, "kvm_amd")
 symbols = {"kvm_vcpu_ioctl": 1 << 63, "kvm_vm_ioctl": 3 << 62}
+if distance != 8:  # a kernel that hides them
+    symbols = dict.fromkeys(symbols, 0)
 if distance == 8:  # a kernel that has them
     symbols |= dict.fromkeys(("bpf_get_current_task_btf", "bpf_task_pt_regs"), 1)
 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from probes import btf as module
 from probes.btf import BTF_DIRECTORY, Btf, MissingField
 from probes.plan import HOOKS, Via
 from probes.program import offsets
@@ -113,7 +115,7 @@ def test_sizes_are_those_of_the_abi(btf: Btf) -> None:
 
 def test_every_field_of_the_programs_is_found(btf: Btf) -> None:
     """Those that are optional may be missing; those that are there have sane offsets."""
-    found = offsets(btf)
+    found = offsets(btf, "tracepoint")
     assert {"OFFSET_REQUESTS", "OFFSET_KVM", "OFFSET_RUN", "OFFSET_VCPU_ID"} <= found.keys()
     assert all(abs(offset) < 1 << 17 for offset in found.values())
 
@@ -152,6 +154,67 @@ def test_no_btf_is_named(tmp_path: Path) -> None:
     (tmp_path / "vmlinux").write_bytes(b"not BTF" * 100)
     with pytest.raises(MissingField, match="cannot be read as BTF"):
         Btf(directory=tmp_path)
+
+
+class _Old:
+    """libbpf before 1.0: it refuses a kernel's BTF as a whole, for kinds that it does not know."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self.given: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def _takes(self, path: bytes) -> bool:
+        data = Path(path.decode()).read_bytes()
+        if data != module.older(data):
+            return False
+        self.given.append(data)
+        return True
+
+    def btf__parse(self, path: bytes, extension: None) -> int:
+        return int(self._lib.btf__parse(path, extension)) if self._takes(path) else 0
+
+    def btf__parse_split(self, path: bytes, base: int) -> int:
+        return int(self._lib.btf__parse_split(path, base)) if self._takes(path) else 0
+
+
+def test_btf_with_kinds_that_an_old_libbpf_does_not_know_is_read_all_the_same(
+    btf: Btf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are given to it as older ones of the same shape; what is asked for is where it was."""
+    old = _Old(module._libbpf())
+    monkeypatch.setattr(module, "_libbpf", lambda: old)
+    with Btf("kvm") as found:
+        assert offsets(found, "tracepoint") == offsets(btf, "tracepoint")
+        assert found.arguments("sched_process_exit") == btf.arguments("sched_process_exit")
+    vmlinux = VMLINUX.read_bytes()
+    assert old.given[0] == module.older(vmlinux)
+    assert len(old.given[0]) == len(vmlinux)
+
+
+def test_a_kind_of_every_shape_is_stepped_over() -> None:
+    """Of made-up types: what lies behind each is found, and names are those of before."""
+    strings = b"\0target\0field\0"
+    word = struct.Struct("<I").pack
+    tails = {1: 1, 3: 3, 4: 6, 5: 6, 6: 4, 13: 4, 14: 1, 15: 6, 17: 1, 19: 6}
+    types = b"".join(
+        word(0)
+        + word(kind << 24 | (2 if kind in (4, 5, 6, 13, 15, 19) else 0))
+        + word(0)
+        + word(0) * tails.get(kind, 0)
+        for kind in range(1, 20)
+    )
+    types += word(1) + word(4 << 24 | 1) + word(8) + word(8) + word(1) + word(32)  # struct target { int field } at 4
+    data = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
+    changed = module.older(data)
+    kinds = [16, 17, 18, 19]
+    assert changed.count(b"\x13", 0, 24 + len(types)) == 0
+    assert len(changed) == len(data)
+    different = [place for place in range(len(data)) if data[place] != changed[place]]
+    assert [data[place] for place in different] == kinds
+    assert [changed[place] for place in different] == [7, 14, 10, 4]
 
 
 def test_built_in_kvm_needs_no_module(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from probes import guest, program
 from probes import plan as plans
+from probes.btf import MissingField
 from probes.plan import Plan
 from probes.program import Settings
-from tracer import bpf, host
+from tracer import bpf, engines, fentry, host
 from tracer.engines import Choice, attached, first
 from tracer.errors import CannotTrace
 
@@ -169,3 +173,111 @@ def test_an_engine_that_the_kernel_refuses_half_way_leaves_nothing_behind(
     assert got.opened.plan.engine == taken
     assert (why or "the best there is") in got.why
     assert [one.clean for one in kernel.made] == [True] * (len(kernel.made) - 1) + [False]
+
+
+class _Types:
+    """BTF that has these fields, and every one that programs cannot do without but a mutex's."""
+
+    def __init__(self, *fields: str) -> None:
+        self.fields = fields
+
+    def __enter__(self) -> _Types:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def has(self, path: str) -> bool:
+        return path in self.fields
+
+    def offset(self, path: str) -> int:
+        if "mutex" in path and not self.has(path):
+            raise MissingField(path)
+        return 8 * len(path)
+
+    def offsets(self, fields: Any) -> dict[str, int]:
+        return {name: self.offset(path) for name, path, optional in fields if not optional}
+
+
+@pytest.mark.parametrize("owner", ["kvm_vcpu.mutex.owner", "kvm_vcpu.mutex.rtmutex.owner"])
+def test_the_owner_of_a_mutex_is_found_on_a_real_time_kernel_too(monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+    """And only the tracepoint engine asks for it: the others work where there is none."""
+    monkeypatch.setattr(guest, "mask_arguments", lambda btf: {})
+    types: Any = _Types(owner)
+    assert program.offsets(types, "tracepoint")["OFFSET_MUTEX_OWNER"] == 8 * len(owner)
+    none: Any = _Types()
+    for engine in ("fentry", "kprobe"):
+        assert "OFFSET_MUTEX_OWNER" not in program.offsets(none, engine)
+    with pytest.raises(MissingField, match=r"kvm_vcpu\.mutex\.owner"):
+        program.offsets(none, "tracepoint")
+
+
+@pytest.mark.parametrize(
+    ("functions", "fields", "why"),
+    [
+        ({"bpf_ringbuf_reserve"}, (), None),
+        ({"bpf_ringbuf_reserve"}, ("bpf_ringbuf.spinlock.raw_lock",), None),
+        ({"bpf_ringbuf_reserve"}, ("bpf_ringbuf.spinlock.lock.owner",), "may sleep where programs may not"),
+        (set(), (), "no BPF ring buffers, which came with Linux 5.8"),
+    ],
+)
+def test_without_a_ring_that_programs_may_use_no_bpf_engine_is_offered(
+    monkeypatch: pytest.MonkeyPatch, functions: set[str], fields: tuple[str, ...], why: str | None
+) -> None:
+    """ftrace needs none."""
+    monkeypatch.setattr(host, "addresses", lambda names: dict.fromkeys(functions & set(names), 4096))
+    monkeypatch.setattr(host, "Btf", lambda: _Types(*fields))
+    assert (why or "None") in str(host.no_ring())
+    monkeypatch.setattr(host, "not_allowed", lambda: None)
+    monkeypatch.setattr(host, "no_btf", lambda: None)
+    monkeypatch.setattr(engines, "no_bcc", lambda: None)
+    monkeypatch.setattr(engines, "no_fentry", lambda: "not asked")
+    monkeypatch.setattr(host, "no_kprobes", lambda: "not asked")
+    if why:
+        assert all(why in str(engines._refused(engine)) for engine in ("fentry", "kprobe", "tracepoint"))
+        assert why not in str(engines._refused("ftrace"))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "flavours", "dev_kvm", "why"),
+    [
+        ({"kvm_vcpu_ioctl": 4096}, ("kvm_amd",), "/dev/kvm is missing", None),
+        ({"kvm_vcpu_ioctl": 0}, ("kvm_amd",), None, None),
+        ({"kvm_vcpu_ioctl": 0}, ("kvm_amd",), "/dev/kvm is missing", "kernel.kptr_restrict.*: /dev/kvm is missing"),
+        ({}, (), "/dev/kvm is missing", None),  # KVM is not loaded: the plan says that
+    ],
+)
+def test_where_addresses_are_hidden_the_tracepoint_engine_needs_a_vm_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+    addresses: dict[str, int],
+    flavours: tuple[str, ...],
+    dev_kvm: str | None,
+    why: str | None,
+) -> None:
+    """By an address of 0 it would know no vCPU, and say nothing."""
+    monkeypatch.setattr(host, "addresses", lambda names: addresses)
+    monkeypatch.setattr(host, "kvm", lambda: host.Kvm(flavours, {}))
+    monkeypatch.setattr(host, "no_dev_kvm", lambda: dev_kvm)
+    for free in ("not_allowed", "no_btf", "no_ring"):
+        monkeypatch.setattr(host, free, lambda: None)
+    monkeypatch.setattr(engines, "no_bcc", lambda: None)
+    assert re.search(why or "^None$", str(engines._refused("tracepoint")))
+
+
+@pytest.mark.parametrize(
+    ("library", "module", "name"),
+    [
+        (b"... MODULE_KFUNC_PROBE ...", "kvm", "kfunc__kvm__kvm_vcpu_ioctl"),
+        (b"... MODULE_KFUNC_PROBE ...", "vmlinux", "kfunc__vmlinux__kvm_vcpu_ioctl"),
+        (b"... KFUNC_PROBE ...", "vmlinux", "kfunc__kvm_vcpu_ioctl"),
+    ],
+)
+def test_an_old_bcc_finds_functions_of_a_kernel_that_has_kvm_built_in(
+    monkeypatch: pytest.MonkeyPatch, library: bytes, module: str, name: str
+) -> None:
+    """Before 0.28 it would look for a function called vmlinux__kvm_vcpu_ioctl."""
+    monkeypatch.setitem(sys.modules, "bcc", type(sys)("bcc"))
+    monkeypatch.setattr(fentry, "_mapped", lambda name: library)
+    monkeypatch.setattr(host, "modules", lambda names: dict.fromkeys(names, module))
+    (hook,) = (hook for hook in plans.FENTRY if hook.program == "on_kvm_vcpu_ioctl")
+    assert program.name(hook, fentry.modules([hook.target])) == name
