@@ -179,7 +179,7 @@ static inline void count(u32 what)
 	u64 *counter = counters.lookup(&what);
 
 	if (counter)
-		(*counter)++;		/* per CPU, and a program is not preempted by another one */
+		__sync_fetch_and_add(counter, 1);	/* per CPU, and yet: a program may be preempted by another one */
 }
 
 /* What a thread is known by: its task. On some CPUs every call of a helper is dear, and this one is needed anyway. */
@@ -207,13 +207,28 @@ static inline void new_epoch(void)
 		__sync_fetch_and_add(now, 1);
 }
 
-/* A number that no other vCPU or VM of this recording has: every CPU hands out its own residue class. */
+/*
+ * A number that no other vCPU or VM of this recording has: every CPU hands out its own residue class. A program that
+ * another one preempts between the two readings, and that adds as well, sees more than its own addition and tries again:
+ * of those that have read the same number only the first to add can have it. An addition that gives what was there
+ * before would do, but kernels before 5.12 have none: Linux commit 5ffa25502b5a ("bpf: Add instructions for
+ * atomic_[cmp]xchg").
+ */
 static inline u32 new_number(void)
 {
-	u32 zero = 0;
-	u32 *next = numbers.lookup(&zero);
+	u32 zero = 0, number;
+	volatile u32 *next = numbers.lookup(&zero);
 
-	return next ? (*next)++ * CPUS + bpf_get_smp_processor_id() + 1 : 0;
+	if (!next)
+		return 0;
+	for (int i = 0; i < 8; i++) {
+		number = *next;
+		__sync_fetch_and_add(next, 1);
+		if (*next == number + 1)
+			return number * CPUS + bpf_get_smp_processor_id() + 1;
+	}
+	count(COUNT_MAP_FULL);		/* no number, no vCPU: every report says so */
+	return 0;
 }
 
 static inline void lose(u32 number, u64 now)
@@ -557,6 +572,8 @@ static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 		return NULL;			/* not one of the processes that the user asked for */
 	new_epoch();
 	new.number = new_number();
+	if (!new.number)
+		return NULL;
 	new.kvm = read_u64(vcpu + OFFSET_KVM);
 	new.vm = vm_number(new.kvm, pid);
 	new.vcpu_id = read_u32(vcpu + OFFSET_VCPU_ID);
