@@ -380,6 +380,12 @@ KPROBE_BLIND = (
     ),
 )
 
+#: Of programs on kprobes, where the kernel is preempted and does not count: trace_call_bpf() of Linux before 6.7.
+UNCOUNTED = Blind(
+    "runs of programs on kprobes while another task of that CPU is inside a bpf() system call that uses a map",
+    "what they would have told: this kernel leaves them out and counts none, so that a loss may be missed in silence",
+)
+
 # The same functions through trampolines: cheaper, and no end of a function is missed.
 _TRAMPOLINES = {Via.KPROBE: Via.FENTRY, Via.KRETPROBE: Via.FEXIT}
 FENTRY = tuple(replace(hook, via=_TRAMPOLINES.get(hook.via, hook.via)) for hook in (*KPROBE, *KPROBE_FULL))
@@ -588,16 +594,20 @@ def make(
     *,
     vendors: Collection[str] | None = None,
     preempted: bool = False,
+    uncounted: bool = False,
     full: bool = False,
     arguments: Arguments = MappingProxyType({}),
 ) -> Plan:
     """Return the plan of an engine for a kernel with these functions and these raw tracepoints.
 
     ``vendors``: the flavours of KVM that are loaded, if that is known: what only another one has is left out.
-    ``preempted``: this kernel preempts raw tracepoint programs. ``full``: for detail full. ``arguments``: what raw
+    ``preempted``: this kernel preempts raw tracepoint programs. ``uncounted``: it may leave out runs of kprobe programs
+    and not count them. ``full``: for detail full. ``arguments``: what raw
     tracepoints hand over. Of several hooks that tell the same fact those that exist do.
     """
     hooks, blind = HOOKS[engine]
+    if uncounted and engine == "kprobe":
+        blind = (*blind, UNCOUNTED)
 
     def best(one: Planned) -> Planned:
         hook = one.hook

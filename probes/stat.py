@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.exits import Kind
-from probes.plan import KPROBE, TRACEPOINT, Arguments, Blind, Hook, Plan, Via, planned
+from probes.plan import KPROBE, TRACEPOINT, UNCOUNTED, Arguments, Blind, Hook, Plan, Via, planned
 
 #: In probes/programs, in this order.
 FILES = ("stat.c", "guest.c")
@@ -108,10 +108,19 @@ def constants(engine: str) -> dict[str, str]:
     }
 
 
-def make(engine: str, functions: Collection[str], tracepoints: Collection[str], arguments: Arguments) -> Plan:
+def make(
+    engine: str,
+    functions: Collection[str],
+    tracepoints: Collection[str],
+    arguments: Arguments,
+    *,
+    uncounted: bool = False,
+) -> Plan:
     """Return the plan of an engine for a kernel that has these functions and raw tracepoints.
 
-    ``arguments``: the types of what :data:`probes.guest.TRACEPOINTS` hand over, None where no BTF tells.
+    ``arguments``: the types of what :data:`probes.guest.TRACEPOINTS` hand over, None where no BTF tells. ``uncounted``:
+    see :func:`probes.plan.make`.
     """
     hooks = (planned(hook, functions, tracepoints, arguments) for hook in HOOKS[engine])
-    return Plan(engine, tuple(hooks), BLIND[engine])
+    blind = (*BLIND[engine], UNCOUNTED) if uncounted and engine == "kprobe" else BLIND[engine]
+    return Plan(engine, tuple(hooks), blind)

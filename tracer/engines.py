@@ -95,6 +95,10 @@ AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 #: In the order of preference.
 _ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
+# A program that a trampoline calls may be preempted, and is left out meanwhile for other tasks of that CPU: what it
+# would have told is missed, and counted. Programs on kprobes and trace events are not preempted. What those miss, for
+# another task's use of a map, is less; but only where somebody counts it are they better.
+_PREEMPTED = ("kprobe", "fentry", "tracepoint", "ftrace")
 
 
 def choices(*, full: bool = False) -> list[Choice]:
@@ -102,7 +106,8 @@ def choices(*, full: bool = False) -> list[Choice]:
 
     ``full``: with the plan for detail full.
     """
-    return [_choice(engine, full) for engine in _ENGINES]
+    preempted = host.preempts() and host.counts_kprobe_misses()
+    return [_choice(engine, full) for engine in (_PREEMPTED if preempted else _ENGINES)]
 
 
 def first(engine: str, offers: Iterable[Choice], opens: Callable[[Plan], Opened]) -> Taken[Opened]:
@@ -171,6 +176,11 @@ def no_bcc() -> str | None:
     return None if found else "Python cannot import bcc: install the package python3-bpfcc"
 
 
+def uncounted() -> bool:
+    """Tell whether the kernel may leave out runs of kprobe programs without counting them."""
+    return host.preempts() and not host.counts_kprobe_misses()
+
+
 def _refused(engine: str) -> str | None:
     if engine == "ftrace":
         return ftrace.refused()
@@ -199,6 +209,7 @@ def _choice(engine: str, full: bool) -> Choice:
         tracepoints,
         vendors=host.kvm().flavours or None,
         preempted=host.preempts_raw_tracepoints(),
+        uncounted=uncounted(),
         full=full,
         arguments=host.tracepoint_arguments() if full else {},
     )

@@ -19,6 +19,7 @@ from probes.btf import Btf, MissingField
 SYS = Path("/sys")
 TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 PROC = Path("/proc")
+BUILT = "/boot/config-{}"  # how a release was configured, where distributions put it
 
 # linux/capability.h: numbers of the capabilities that a tracer needs, if it is not root.
 _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
@@ -163,6 +164,37 @@ def tracepoints(names: Iterable[str]) -> set[str]:
     """
     found = addresses(f"__traceiter_{name}" for name in names)
     return {name.removeprefix("__traceiter_") for name in found}
+
+
+@cache
+def preempts() -> bool:
+    """Tell whether a task can be preempted inside this kernel; where that cannot be known, it can."""
+    if "PREEMPT" not in platform.version():
+        return False
+    # The mode of CONFIG_PREEMPT_DYNAMIC: as it is, in parentheses among the others; else as it was chosen at boot, else
+    # as it was built.
+    for path, mode in (
+        (SYS / "kernel/debug/sched/preempt", r"\((\w+)\)"),
+        (PROC / "cmdline", r"\bpreempt=(\w+)"),
+        (Path(BUILT.format(release())), r"\bCONFIG_PREEMPT_(NONE|VOLUNTARY)=y"),
+    ):
+        with contextlib.suppress(OSError):
+            if found := re.search(mode, path.read_text()):
+                return found[1].lower() not in ("none", "voluntary")
+    return True
+
+
+@cache
+def counts_kprobe_misses() -> bool:
+    """Tell whether the kernel counts runs of kprobe programs that it leaves out.
+
+    trace_call_bpf() runs none while bpf_prog_active is raised on its CPU, which bpf() does around each use of a map. It
+    counts since Linux commit dd8657894c11 ("bpf: Count missed stats in trace_call_bpf") (in v6.7), which came together
+    with the number in struct bpf_link_info that is asked for here.
+    """
+    with contextlib.suppress(MissingField), Btf() as btf:
+        return btf.has("bpf_link_info.perf_event.kprobe.missed")
+    return False
 
 
 def hides_addresses() -> bool:

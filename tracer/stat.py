@@ -21,7 +21,7 @@ from probes.requests import TRIPLE_FAULT
 from probes.schema import KVM_EXIT_SHUTDOWN, Kind
 from tracer import canary, guests, host, tracefs
 from tracer.bpf import Engine
-from tracer.engines import Choice, attached, choices, first
+from tracer.engines import Choice, attached, choices, first, uncounted
 from tracer.errors import KvmreqError
 from tracer.loss import Loss
 
@@ -140,7 +140,7 @@ def _plan(engine: str) -> Plan:
     tracepoints = host.tracepoints(hook.target for hook in hooks if hook.via is Via.RAW_TRACEPOINT)
     targets = [hook.target for hook in hooks if hook.via is not Via.RAW_TRACEPOINT]
     functions = host.addresses(targets) if targets else {}
-    return programs.make(engine, functions, tracepoints, host.tracepoint_arguments())
+    return programs.make(engine, functions, tracepoints, host.tracepoint_arguments(), uncounted=uncounted())
 
 
 def _offers() -> Iterator[Choice]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from probes import guest, program
+from probes import guest, program, stat
 from probes import plan as plans
 from probes.btf import MissingField
 from probes.plan import Plan
@@ -281,3 +283,65 @@ def test_an_old_bcc_finds_functions_of_a_kernel_that_has_kvm_built_in(
     monkeypatch.setattr(host, "modules", lambda names: dict.fromkeys(names, module))
     (hook,) = (hook for hook in plans.FENTRY if hook.program == "on_kvm_vcpu_ioctl")
     assert program.name(hook, fentry.modules([hook.target])) == name
+
+
+@pytest.mark.parametrize(
+    ("preempts", "counts", "first_two", "told"),
+    [
+        (False, False, ["fentry", "kprobe"], False),
+        (False, True, ["fentry", "kprobe"], False),
+        (True, False, ["fentry", "kprobe"], True),
+        (True, True, ["kprobe", "fentry"], False),
+    ],
+)
+def test_kprobe_is_better_than_fentry_where_programs_are_preempted_and_it_counts(
+    monkeypatch: pytest.MonkeyPatch, preempts: bool, counts: bool, first_two: list[str], told: bool
+) -> None:
+    """Where nobody counts, the plan of kprobe says so, and no other one does."""
+    monkeypatch.setattr(host, "preempts", lambda: preempts)
+    monkeypatch.setattr(host, "counts_kprobe_misses", lambda: counts)
+    monkeypatch.setattr(engines, "_refused", lambda engine: None)
+    offers = engines.choices()
+    assert [offer.engine for offer in offers] == [*first_two, "tracepoint", "ftrace"]
+    saying = [offer.engine for offer in offers if offer.plan and plans.UNCOUNTED in offer.plan.blind]
+    assert saying == (["kprobe"] if told else [])
+    assert (plans.UNCOUNTED in stat.make("kprobe", (), (), {}, uncounted=engines.uncounted()).blind) == told
+
+
+@pytest.mark.parametrize(
+    ("version", "modes", "cmdline", "config", "preempts"),
+    [
+        ("#1 SMP Debian 5.10.262-1", None, "", None, False),
+        ("#1 SMP PREEMPT_DYNAMIC", "none (voluntary) full\n", "", None, False),
+        ("#1 SMP PREEMPT_DYNAMIC", "none voluntary (full) lazy\n", "preempt=none", None, True),
+        ("#1 SMP PREEMPT_DYNAMIC", None, "quiet preempt=none", "CONFIG_PREEMPT=y\n", False),
+        ("#1 SMP PREEMPT_DYNAMIC", None, "quiet preempt=full", "CONFIG_PREEMPT_VOLUNTARY=y\n", True),
+        ("#1 SMP PREEMPT_DYNAMIC", None, "quiet", "CONFIG_PREEMPT_VOLUNTARY=y\n", False),
+        ("#1 SMP PREEMPT_DYNAMIC", None, "quiet", "# CONFIG_PREEMPT_NONE is not set\nCONFIG_PREEMPT=y\n", True),
+        ("#1 SMP PREEMPT_RT", None, "", None, True),
+    ],
+)
+def test_a_kernel_is_preemptible_unless_it_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    version: str,
+    modes: str | None,
+    cmdline: str,
+    config: str | None,
+    preempts: bool,
+) -> None:
+    """As it is now, before how it was started, before how it was built."""
+    (tmp_path / "kernel/debug/sched").mkdir(parents=True)
+    for name, text in (("kernel/debug/sched/preempt", modes), ("cmdline", cmdline), ("config", config)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    monkeypatch.setattr(platform, "version", lambda: version)
+    monkeypatch.setattr(host, "SYS", tmp_path)
+    monkeypatch.setattr(host, "PROC", tmp_path)
+    monkeypatch.setattr(host, "release", lambda: "none")
+    monkeypatch.setattr(host, "BUILT", str(tmp_path / "config"))
+    host.preempts.cache_clear()
+    try:
+        assert host.preempts() == preempts
+    finally:
+        host.preempts.cache_clear()

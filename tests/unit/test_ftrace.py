@@ -84,6 +84,7 @@ def test_without_bcc_the_bpf_engines_say_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "bcc", None)
     monkeypatch.setattr(host, "not_allowed", lambda: None)
     monkeypatch.setattr(host, "no_btf", lambda: None)
+    monkeypatch.setattr(host, "preempts", lambda: False)
     why = {choice.engine: choice.why_not for choice in engines.choices()}
     assert list(why) == ["fentry", "kprobe", "tracepoint", "ftrace"]
     assert (
