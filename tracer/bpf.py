@@ -117,8 +117,8 @@ class Engine:
             ) from error
         if any(hook.target == "kvm_exit" for hook in plan.attachable):
             found |= host.reason_offsets()
-        self._hidden = plan.engine == "tracepoint" and host.hides_addresses()
         symbols = host.addresses(("kvm_vcpu_ioctl", "kvm_vm_ioctl", "bpf_get_current_task_btf", "bpf_task_pt_regs"))
+        self._hidden = plan.engine == "tracepoint" and not symbols.get("kvm_vcpu_ioctl")
         host.forget_addresses()
         text = program.source(plan, settings, found, symbols, self._modules, more)
         os.environ["BCC_KERNEL_SOURCE"] = str(program.headers())

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from probes import guest
 from probes.btf import Btf, MissingField
@@ -184,7 +185,6 @@ def preempts() -> bool:
     return True
 
 
-@cache
 def counts_kprobe_misses() -> bool:
     """Tell whether the kernel counts runs of kprobe programs that it leaves out.
 
@@ -192,20 +192,43 @@ def counts_kprobe_misses() -> bool:
     counts since Linux commit dd8657894c11 ("bpf: Count missed stats in trace_call_bpf") (in v6.7), which came together
     with the number in struct bpf_link_info that is asked for here.
     """
-    with contextlib.suppress(MissingField), Btf() as btf:
-        return btf.has("bpf_link_info.perf_event.kprobe.missed")
-    return False
+    return _kernel().counts_kprobe_misses
 
 
 def hides_addresses() -> bool:
-    """Tell whether the kernel names KVM's functions and not their addresses.
+    """Tell whether the kernel names its functions and not their addresses, which are in the upper half.
 
     kernel.kptr_restrict = 2 does so for everybody: kallsyms_show_value() in kernel/ksyms_common.c.
     """
-    return not addresses(("kvm_vcpu_ioctl",)).get("kvm_vcpu_ioctl")
+    return b"\nf" not in _kallsyms()
 
 
-@cache  # every engine asks, and BTF takes its time
+class _Kernel(NamedTuple):
+    """What the kernel's types tell of the kernel."""
+
+    has_ring: bool  # Linux 5.8
+    ring_sleeps: bool
+    counts_kprobe_misses: bool
+    tracepoints_have_ext: bool
+
+
+@cache  # BTF takes its time
+def _kernel() -> _Kernel:
+    fields = (
+        "bpf_ringbuf.spinlock",
+        # With CONFIG_PREEMPT_RT a spinlock is an rt_mutex, which has an owner.
+        "bpf_ringbuf.spinlock.lock.owner",
+        "bpf_link_info.perf_event.kprobe.missed",
+        "tracepoint.ext",
+    )
+    try:
+        with Btf() as btf:
+            return _Kernel(*map(btf.has, fields))
+    except MissingField:
+        return _Kernel(*(False for _ in fields))
+
+
+@cache  # every engine asks, and the symbols are many
 def preempts_raw_tracepoints() -> bool:
     """Tell whether programs on raw tracepoints can be preempted, and with tracefs there is another way.
 
@@ -215,12 +238,7 @@ def preempts_raw_tracepoints() -> bool:
     """
     if not re.search(rb"^[0-9a-f]+ \w tracepoint_srcu$", _kallsyms(), re.MULTILINE):
         return False
-    try:
-        with Btf() as btf:
-            again = btf.has("tracepoint.ext")
-    except MissingField:
-        return False
-    return again and any((place / "events/raw_syscalls").is_dir() for place in TRACEFS)
+    return _kernel().tracepoints_have_ext and any((place / "events/raw_syscalls").is_dir() for place in TRACEFS)
 
 
 @cache
@@ -256,15 +274,11 @@ def no_kprobes() -> str | None:
 
 def no_ring() -> str | None:
     """Say why programs have no ring to put events into, if so."""
-    if not addresses(("bpf_ringbuf_reserve",)):
+    if not _kernel().has_ring:
         return "this kernel has no BPF ring buffers, which came with Linux 5.8"
-    with contextlib.suppress(MissingField), Btf() as btf:
-        # Linux commit 8b62645b09f8 ("bpf: Use raw_spinlock_t in ringbuf") (in v6.12). With CONFIG_PREEMPT_RT another
-        # spinlock is an rt_mutex, which has an owner and sleeps: programs may not.
-        if btf.has("bpf_ringbuf.spinlock.lock.owner"):
-            return (
-                "the ring buffers of this real-time kernel may sleep where programs may not; those of Linux 6.12 do not"
-            )
+    if _kernel().ring_sleeps:
+        # Linux commit 8b62645b09f8 ("bpf: Use raw_spinlock_t in ringbuf") (in v6.12).
+        return "the ring buffers of this real-time kernel may sleep where programs may not; those of Linux 6.12 do not"
     return None
 
 
