@@ -163,17 +163,19 @@ static inline u64 behind(u64 file, u32 what)
 #if HIDDEN
 /*
  * The kernel hides the addresses of KVM's functions (kernel.kptr_restrict), so the tracer shows a vCPU and a VM of its
- * own, by an ioctl that is none. Its argument is 1 + OF_VCPU or 1 + OF_VM.
+ * own, by an ioctl that is none. Its argument is 1 + OF_VCPU or 1 + OF_VM. Returns whether this is one.
  */
-static inline void learn(struct arguments *arguments)
+static inline int learn(struct arguments *arguments)
 {
 	u32 what = arguments->dx - 1, fd = arguments->di, max = 0;
 	u64 table = descriptors(&max), *known = operations.lookup(&what);
 	struct opened opened = {};
 
-	if (known && fd < max && bpf_get_current_pid_tgid() >> 32 == TRACER &&
-	    !read_opened(&opened, read_u64(table + 8 * (u64)fd)))
+	if (!known || bpf_get_current_pid_tgid() >> 32 != TRACER)
+		return 0;
+	if (fd < max && !read_opened(&opened, read_u64(table + 8 * (u64)fd)))
 		*known = opened.f_op;
+	return 1;
 }
 #endif
 
@@ -365,8 +367,8 @@ static inline void ioctl_begins(void)
 	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO || of_32_bit_code())
 		return;
 #if HIDDEN
-	if (cmd == NO_IOCTL)
-		learn(&arguments);
+	if (cmd == NO_IOCTL && learn(&arguments))
+		return;
 #endif
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
 		of = 0;

@@ -58,6 +58,15 @@ def _hidden() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_hidden")
+def test_what_shows_the_engine_a_vcpu_is_in_no_recording(tmp_path: Path) -> None:
+    """Nor is it taken for a guest that ran already."""
+    with recording(tmp_path / "r", "--engine", "tracepoint") as record:
+        own = record.process.pid
+    meta = Recording.open(tmp_path / "r").meta
+    assert own not in [guest["pid"] for guest in meta["guests"].values()]
+
+
+@pytest.mark.usefixtures("_hidden")
 @pytest.mark.parametrize("requests", ["triple_fault", "all"])
 def test_an_engine_that_knows_no_address_knows_vcpus_by_one_of_its_own(tmp_path: Path, requests: str) -> None:
     """A guest that ran already, and one that begins later: what each loses is seen."""
