@@ -29,8 +29,8 @@ from probes.program import Settings
 from probes.requests import TRIPLE_FAULT
 from probes.schema import EVENT, Kind
 from tracer import host
-from tracer.engines import open_engine
-from tracer.recorder import Recorder, Wish, choose
+from tracer.engines import choices, first, open_engine
+from tracer.recorder import Recorder, Wish
 from tracer.recording import Recording
 
 from .session import ADDRESS, CHECKOUT, COMMAND, PATIENCE_S, Record, ends, lab, recording, report, run, wait_until
@@ -381,9 +381,9 @@ def test_vms_that_have_ended_leave_their_places(places: int, at_once: int, fits:
     def meet() -> None:
         together.wait(PATIENCE_S)
 
-    chosen = choose("auto")
+    plan = first("auto", choices(), lambda plan: plan).opened
     settings = Settings(watched=1 << TRIPLE_FAULT, cpus=host.possible_cpus(), max_vms=places, filtered=True)
-    with open_engine(chosen.plan, settings, (os.getpid(),)) as engine:
+    with open_engine(plan, settings, (os.getpid(),)) as engine:
         engine.attach()
         truth = lab_runner.run("open", repeat=5, vms=at_once, hold=meet)
         events, loss = engine.drain(), engine.loss()
