@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -364,9 +364,10 @@ class Vcpus:
         if state is None:
             return
         who = record.common_pid, cpu
-        pending = (state.word | record.requests) & self.watched
-        if inside.cmd in _WRITE_REGISTERS and pending and not record.cr0 & _X86_CR0_PE:
-            self._boundary(state, inside.reading, (Kind.RESET, inside.cmd, 0), who, _ALWAYS)
+        if inside.cmd in _WRITE_REGISTERS and state.word & self.watched and not record.cr0 & _X86_CR0_PE:
+            # As it was where the ioctl began: what that has raised since is told where it ends.
+            begun = replace(inside.reading, time_ns=state.last_ns, word=state.word)
+            self._boundary(state, begun, (Kind.RESET, inside.cmd, 0), who, _ALWAYS)
         if inside.cmd in _GENERIC:
             del self._threads[record.common_pid]
             self._boundary(state, inside.reading, (Kind.IOCTL_EXIT, inside.cmd, 0), who, self.watched)

@@ -189,6 +189,19 @@ def test_registers_written_in_real_mode_are_a_reset_while_something_is_pending()
     assert [kind for kind, _, _ in stream.story[2:]] == [Kind.RESET, Kind.IOCTL_EXIT, Kind.IOCTL_EXIT]
 
 
+def test_what_writing_registers_raises_is_told_where_that_ends() -> None:
+    """Also where it is a reset: the reset has the word as it was before."""
+    stream = Stream()
+    stream.vcpus.watched |= 1 << 14
+    stream("vcpu_create").ioctl(SET_MCE, leaves=TF)("vcpu_ioctl", cmd=SET_SREGS)
+    stream.word |= 1 << 14
+    stream("vcpu_put", cr0=0)
+    reset, end = stream.events[-2:]
+    assert (reset["kind"], reset["before"], reset["requests"]) == (Kind.RESET, TF, TF)
+    assert (end["kind"], end["arg"], end["before"], end["requests"]) == (Kind.IOCTL_EXIT, SET_SREGS, TF, TF | 1 << 14)
+    assert end["since_ns"] == reset["time_ns"] < end["time_ns"]
+
+
 def test_a_vcpu_in_kvm_run_saves_itself_when_its_events_are_synchronised() -> None:
     """KVM_SYNC_X86_EVENTS: what kvm_run holds is what was saved."""
     stream = Stream()("vcpu_create").ioctl(SET_MCE, leaves=TF).run(10, errno=-4, valid_regs=4, flags=0x20, pending=1)
