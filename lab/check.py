@@ -64,7 +64,7 @@ def _compare(
             left.remove(found)
     counts = [0] * len(several)
     for row in tuple(left):
-        place = next((place for place, one in enumerate(several) if _is(row, one.like, excused)), None)
+        place = next((place for place, one in enumerate(several) if _is_like(row, one, excused)), None)
         if place is not None:
             counts[place] += 1
             left.remove(row)
@@ -75,6 +75,10 @@ def _compare(
     doubts = (row["why"] for row in rows if row.get("why") and not undecided_for(row, excused) and row not in left)
     wrong += [f"{what} have a doubt that they must not have: {why}" for why in doubts]
     return [*wrong, *(f"{what} have what they must not: {dict(row)}" for row in left)]
+
+
+def _is_like(row: Row, one: Several, excused: str) -> bool:
+    return any(_is(row, like, excused) for like in (one.like, *one.also))
 
 
 def _is(row: Row, one: Row, excused: str) -> bool:

@@ -157,6 +157,11 @@ def _serviced(request: str, vcpu: int = 0, vm: int = 0, **more: str) -> Lifecycl
     return cast(Lifecycle, {"request": request, "vm": vm, "vcpu": vcpu, "end": "serviced", **more})
 
 
+def _pending_in_user_space(request: str, vcpu: int) -> Lifecycle:
+    """Return a request that was raised inside KVM_RUN, and serviced by the next one."""
+    return {"request": request, "vm": 0, "vcpu": vcpu, "end": "serviced", "userspace_exits": 1}
+
+
 # --- NMI ----------------------------------------------------------------------------------------------------
 
 
@@ -754,7 +759,12 @@ _CLOCKS_OF_KVM = 1  # before the vCPU's first KVM_RUN; any later one is pending 
 @scenario(
     several=(
         *(
-            Several(_serviced("clock_update", vcpu, raised_by="remote"), CLOCKS, CLOCKS + _CLOCKS_OF_KVM)
+            Several(
+                _serviced("clock_update", vcpu, raised_by="remote", raised_in="user_space"),
+                CLOCKS,
+                CLOCKS + _CLOCKS_OF_KVM,
+                also=(_pending_in_user_space("clock_update", vcpu),),
+            )
             for vcpu in range(CLOCKED_VCPUS)
         ),
         *(Several(_serviced("clock_update", vcpu)) for vcpu in range(CLOCKED_VCPUS)),
@@ -768,7 +778,9 @@ def clock_update(stage: Stage) -> None:
     """29 times KVM_SET_CLOCK, of which each vCPU must hear.
 
     No vCPU is in an ioctl then: the request is there when its next one begins. KVM itself raises some when a vCPU
-    begins or changes its CPU, for that vCPU and, at once or 100 ms later, for the others.
+    begins or changes its CPU, for that vCPU and, at once or 100 ms later (kvmclock_update_fn), for the others. One of
+    those that came inside KVM_RUN and was not serviced there any more is still pending in user space: KVM_SET_CLOCK
+    then raises what is raised already, and both are one lifecycle, which has one exit to user space.
     """
     with stage.vcpus(CLOCKED_VCPUS) as vcpus:
         for vcpu in vcpus:
