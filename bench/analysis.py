@@ -72,7 +72,7 @@ def many(events: int) -> Iterator[Any]:
         batch["kind"], batch["arg"] = np.where(new, Kind.VCPU_NEW, kinds[step]), np.where(new, 0, args[step])
         batch["requests"] = np.where(new, 0, words[step])
         batch["before"] = np.where(turn < 2, 0, words[step - 1])
-        batch["flags"] = Flag.CREATED
+        batch["flags"] = np.where(batch["kind"] == Kind.SAVE, Flag.CREATED | Flag.READ, Flag.CREATED)
         yield batch
 
 

@@ -4,8 +4,8 @@ Each event of a vCPU is compared with the one before it: a bit of the word that 
 one that was and is not has ended, and the events between both are those of one instance. The table is the core's.
 
 It does less than the core: it takes all events at once, and knows nothing of the end of a process, of saves of other
-requests than a triple fault, of what the tracer has counted as lost, of a request that came or went while events were
-lost, or of clocks of two CPUs that differ.
+requests than a triple fault, of registers that are read after a save, of what the tracer has counted as lost, of a
+request that came or went while events were lost, or of clocks of two CPUs that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.events import CREATED, NESTED, SYNC
+from analysis.events import CREATED, NESTED, READ, SYNC
 from analysis.words import IOCTLS, SITES, By
 from probes.schema import KVM_EXIT_SHUTDOWN, PAYLOAD_PENDING, REQUEST_MASK, VALID_TRIPLE_FAULT, Kind
 
@@ -108,7 +108,8 @@ def _meanwhile(pending: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return what happened while each instance was pending."""
     kind, detail, success = pending["kind"], pending["detail"], pending["arg"] < 1 << 32
     flag, payload = detail & VALID_TRIPLE_FAULT != 0, detail & PAYLOAD_PENDING != 0
-    saved = (kind == Kind.SAVE) & success & pending["has"] & (name == _TRIPLE_FAULT)
+    read = pending["flags"] & READ != 0
+    saved = (kind == Kind.SAVE) & success & read & pending["has"] & (name == _TRIPLE_FAULT)
     restored = (kind == Kind.RESTORE) & success & pending["had"] & (name == _TRIPLE_FAULT)
     reset = (kind == Kind.RESET) & pending["had"] & (name == _TRIPLE_FAULT)
     noted = pending[["instance", "time_ns"]].assign(

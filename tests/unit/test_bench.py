@@ -77,15 +77,21 @@ def test_pandas_tells_the_lifecycles_that_the_core_tells(name: str) -> None:
 _PENDING, _SET_MCE, _SET_REGS = 1 << 10, 0x4040AE9E, 0x4090AE82
 _RAISED = (Kind.IOCTL_EXIT, _PENDING, {"arg": _SET_MCE})
 _CARRYING = {"detail": VALID_TRIPLE_FAULT | PAYLOAD_PENDING}
+_SAVED, _BLIND = {**_CARRYING, "flags": Flag.READ}, {"flags": Flag.READ}
 _SHUTDOWN = (Kind.RUN_EXIT, 0, {"arg": KVM_EXIT_SHUTDOWN})
 
 
 @pytest.mark.parametrize(
     ("end", "stale", "steps"),
     [
-        ("lost", False, [_RAISED, (Kind.SAVE, _PENDING, _CARRYING), (Kind.SAVE, _PENDING), (Kind.VCPU_END, _PENDING)]),
-        ("handed_over", False, [_RAISED, (Kind.SAVE, _PENDING, _CARRYING), (Kind.VCPU_END, _PENDING)]),
-        ("abandoned", False, [_RAISED, (Kind.SAVE, _PENDING, {"arg": 1 << 32}), (Kind.VCPU_END, _PENDING)]),
+        (
+            "lost",
+            False,
+            [_RAISED, (Kind.SAVE, _PENDING, _SAVED), (Kind.SAVE, _PENDING, _BLIND), (Kind.VCPU_END, _PENDING)],
+        ),
+        ("handed_over", False, [_RAISED, (Kind.SAVE, _PENDING, _SAVED), (Kind.VCPU_END, _PENDING)]),
+        ("abandoned", False, [_RAISED, (Kind.SAVE, _PENDING), (Kind.VCPU_END, _PENDING)]),
+        ("abandoned", False, [_RAISED, (Kind.SAVE, _PENDING, {"arg": 1 << 32, **_BLIND}), (Kind.VCPU_END, _PENDING)]),
         ("cleared", False, [(Kind.RESTORE, _PENDING, _CARRYING), (Kind.RESTORE, 0)]),
         ("reflected", False, [(Kind.SITE, _PENDING, {"flags": Flag.NESTED}), (Kind.RUN_EXIT, 0)]),
         ("undecided", False, [_RAISED, (Kind.RUN_EXIT, 0)]),

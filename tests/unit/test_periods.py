@@ -119,6 +119,31 @@ def test_a_vcpu_whose_memory_is_used_again_has_long_ended(how: End) -> None:
     assert not len(core.finish().vcpu)
 
 
+def test_two_events_at_one_moment_are_in_order() -> None:
+    """As the clock is read, one after the other: what was between them took no time."""
+    stream = events(
+        (1, Kind.RUN_EXIT), (2, Kind.RUN_ENTER), (2, Kind.GUEST_ENTRY), (8, Kind.GUEST_EXIT)
+    )  # fmt: skip
+    assert told(stream) == [("user space", 1, 2), ("kernel", 2, 2), ("guest", 2, 8), ("KVM_RUN", 2, 8)]
+
+
+def test_why_the_guest_was_left_is_told_where_it_was_and_nowhere_else() -> None:
+    """Not where a sleep begins or ends, nor at the end of all."""
+    core = Periods()
+    stream = events(
+        (1, Kind.RUN_EXIT), (2, Kind.RUN_ENTER), (3, Kind.GUEST_ENTRY), (8, Kind.GUEST_EXIT, {"arg": 12, "detail": 2}),
+        (20, Kind.WAKEUP, {"detail": 1, "arg": 5}), (21, Kind.GUEST_EXIT, {"arg": 7, "seq": 9}),
+    )  # fmt: skip
+    edges = core.feed(stream)
+    left = {(time_ns - 1000, why) for time_ns, why in zip(edges.time_ns.tolist(), edges.left.tolist(), strict=True)}
+    assert {one for one in left if one[1] != -1} == {(8, 2 << 32 | 12)}
+    assert set(core.finish().left.tolist()) <= {-1}
+    core = Periods()
+    core.feed(stream[:4])
+    end = core.finish()
+    assert end.left.tolist() == [-1] * len(end.left) and len(end.left)
+
+
 def test_what_others_do_to_a_vcpu_is_none_of_its_periods() -> None:
     """They have no number."""
     stream = events((1, Kind.RUN_EXIT), (2, Kind.KICK, {"seq": 0}), (7, Kind.RUN_ENTER, {"seq": 2, "since_ns": 1001}))
