@@ -132,8 +132,8 @@ def _close(memory: Memory, vcpu: Record, time_ns: int, ran: bool) -> None:
 @compiled
 def of_vcpu(memory: Memory, vcpu: Record, event: Event) -> None:
     """Note what an event says of the vCPU itself, after its requests have been handled."""
-    if event.kind == Kind.READ or event.flags & READ:
-        vcpu.saved = True
+    if not vcpu.saved and (event.kind == Kind.READ or event.flags & READ):
+        vcpu.saved, vcpu.ran = True, False
     if event.kind == Kind.WRITTEN:
         vcpu.restored_ns, vcpu.restored = event.time_ns, event.arg
     elif event.kind == Kind.RUN_EXIT and succeeded(event):
