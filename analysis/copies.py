@@ -37,7 +37,7 @@ def pause_ends(memory: Memory, wanted: Record, vcpu: Record, event: Event) -> No
         pending = memory.rows[place]
         if pending.without:
             _save(memory, wanted, vcpu, pending, rules.left_out(wanted, pending), event)
-        pending.left_out = False
+        pending.left_out, pending.sync = False, rules.NO_SAVE
         place = pending.next
     ran = vcpu.ran or event.kind != Kind.WRITTEN
     _close(memory, vcpu, event.time_ns, ran)
