@@ -89,7 +89,8 @@ def _complete(memory: Memory, wanted: Record, vcpu: Record, pending: Record, eve
 @compiled
 def before_end(memory: Memory, wanted: Record, vcpu: Record, pending: Record, event: Event) -> None:
     """A request ends: a save without events did not have it. With its vCPU, neither did one that was made before it."""
-    if pending.without or (pending.left_out and event.kind == Kind.VCPU_END and vcpu.kind != Kind.RUN_ENTER):
+    without = pending.without and event.kind != Kind.SAVE  # which may take what it gives
+    if without or (pending.left_out and event.kind == Kind.VCPU_END and vcpu.kind != Kind.RUN_ENTER):
         _save(memory, wanted, vcpu, pending, rules.left_out(wanted, pending), event)
 
 

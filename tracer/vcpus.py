@@ -407,7 +407,7 @@ class Vcpus:
             detail = inside.payload if inside.payload is not None else self._by_rule(inside.begun or reading)
         elif inside.cmd == KVM_SET_VCPU_EVENTS and inside.payload is not None:
             kind, send_if, detail = Kind.RESTORE, _ALWAYS, inside.payload
-        what, who = (kind, inside.cmd | _errno(record.ret), detail), (record.common_pid, cpu)
+        what, who = (kind, inside.cmd | _errno(min(record.ret, 0)), detail), (record.common_pid, cpu)
         self._boundary(state, reading, what, who, send_if)
         self._passed(state, inside, record.ret, who)
 

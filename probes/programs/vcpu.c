@@ -811,7 +811,8 @@ static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, struct in_io
 		send_if = ALWAYS;
 		detail = in->payload;
 	}
-	boundary(state, vcpu, kind, cmd | (u64)(u32)error << 32, detail, send_if);
+	/* KVM_GET_MSRS and its like return a number where they succeed. */
+	boundary(state, vcpu, kind, cmd | (error < 0 ? (u64)(u32)error << 32 : 0), detail, send_if);
 	state_passed(state, vcpu, cmd, error);
 }
 

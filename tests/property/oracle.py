@@ -289,7 +289,7 @@ class Oracle:
         if known and hole:
             vcpu.pending[bit].proved = False
         if known and not before:
-            self.saved(vcpu, bit, ended=False, until=-1)
+            self.saved(vcpu, bit, ended=False, over=event.kind != Kind.SAVE, until=-1)
             self.end(vcpu, bit, "undecided", vcpu.last_ns, event.since_ns, why=True)
         if not known and before:
             vcpu.pending[bit] = Pending("unknown", vcpu.last_ns, event.since_ns, proved=False, born=len(vcpu.log) - 1)
@@ -309,7 +309,7 @@ class Oracle:
         request = vcpu.pending[bit]
         request.nested |= bool(event.flags & Flag.NESTED)
         if not now:
-            self.saved(vcpu, bit, ended=False, until=-1)
+            self.saved(vcpu, bit, ended=False, over=event.kind != Kind.SAVE, until=-1)
             end, why = _end(bit, event, request.nested)
             self.end(vcpu, bit, end, event.since_ns, event.time_ns, why=why, entered=event.kind == Kind.GUEST_ENTRY)
             return
