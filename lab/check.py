@@ -64,9 +64,9 @@ def _compare(
             left.remove(found)
     counts = [0] * len(several)
     for row in tuple(left):
-        place = next((place for place, one in enumerate(several) if _is_like(row, one, excused)), None)
+        place = next((place for place, one in enumerate(several) if _counts(row, one, excused)), None)
         if place is not None:
-            counts[place] += 1
+            counts[place] += _counts(row, several[place], excused)
             left.remove(row)
     for alike, count in zip(several, counts, strict=True):
         if not alike.allows(count, full):
@@ -77,8 +77,11 @@ def _compare(
     return [*wrong, *(f"{what} have what they must not: {dict(row)}" for row in left)]
 
 
-def _is_like(row: Row, one: Several, excused: str) -> bool:
-    return any(_is(row, like, excused) for like in (one.like, *one.also))
+def _counts(row: Row, one: Several, excused: str) -> int:
+    """Return for how many of these a lifecycle counts; for none if it is not like them."""
+    if not _is(row, one.like, excused):
+        return 0
+    return row["userspace_exits"] + (row["raised_in"] == "user_space") if one.stays else 1
 
 
 def _is(row: Row, one: Row, excused: str) -> bool:

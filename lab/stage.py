@@ -54,7 +54,6 @@ class Lifecycle(TypedDict, total=False):
     vm: int  # in order of creation, from 0
     vcpu: int
     raised_by: str
-    raised_in: str
     end: str
     userspace_exits: int
     saves: int
@@ -79,8 +78,8 @@ class Several:
     """None: any number."""
     least_full: int | None = None
     """As ``least``, in detail full: there guest entries and exits are readings, too."""
-    also: tuple[Lifecycle, ...] = ()
-    """What counts for one of them, too: KVM's own raise of the request that was pending when the scenario made its."""
+    stays: bool = False
+    """Counted is how often the vCPU was in user space with it: KVM merges raises of what is pending."""
 
     def few(self, full: bool) -> int:
         """Return how many there must be in a recording of detail full, or boundary."""
@@ -92,11 +91,7 @@ class Several:
 
     def of_vms_from(self, start: int) -> Several:
         """Return the same of VMs that are numbered from ``start``."""
-
-        def moved(one: Lifecycle) -> Lifecycle:
-            return {**one, "vm": start + one.get("vm", 0)}
-
-        return replace(self, like=moved(self.like), also=tuple(map(moved, self.also)))
+        return replace(self, like={**self.like, "vm": start + self.like.get("vm", 0)})
 
 
 class Shutdown(TypedDict):
