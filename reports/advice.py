@@ -95,7 +95,7 @@ def survives(guest: Guest) -> str:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    if row["end"] != "lost" and left_out(row):
+    if left_out(row):
         return "copied"
     if row["end"] in ("lost", "undecided"):
         return str(row["end"])
@@ -140,10 +140,9 @@ _BECAME = {
 
 
 def _copied(row: Mapping[str, Any], guest: Guest, clock: Clock) -> str:
-    saves = "1 save" if row["blind_saves"] == 1 else f"{row['blind_saves']:,} saves"
     runs = "lives on" if row["request"] == TRIPLE_FAULT else f"lacks {_what(row)}"
     return (
-        f"{_raised(row, guest, clock)}; {saves} left it out, and {_BECAME[row['end']]}. "
+        f"{_raised(row, guest, clock)}; {plural(row['blind_saves'], 'save')} left it out, and {_BECAME[row['end']]}. "
         f"Any copy made from such a save {runs}."
     )
 

@@ -70,6 +70,7 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
     judgement, guests, clock = source.judgement, source.guests, source.clock
     exposure = pictures.exposed(source)
     own = judged.other_shutdowns(judgement)
+    saves, more_saves = judged.blind_saves(judgement, guests, MOST_ROWS)
     return {
         "id": prefix,
         "headline": judged.headline(judgement),
@@ -115,18 +116,8 @@ def _part(source: Source, prefix: str) -> dict[str, Any]:
         ],
         "ordering": _ordering(source),
         "timeline": _timeline(source),
-        "saves": [
-            {
-                **row,
-                "guest": judged.guest_of(row, guests).name,
-                "request": shown(row["request"]),
-                "time": clock.when(row["time_ns"]),
-                "then": "ran on" if row["ran_again"] else "ended",
-                "copy": guests[row["ran_as"]].name if row["ran_as"] in guests else "",
-            }
-            for row in records(judged.copies(judgement).head(MOST_ROWS))
-        ],
-        "more_saves": max(int((~judgement.saves["carried"]).sum()) - MOST_ROWS, 0),
+        "saves": [(save, clock.when(save.time_ns)) for save in saves],
+        "more_saves": more_saves,
         "shutdowns": [
             {
                 "guest": judged.guest_of(row, guests).name,

@@ -90,7 +90,7 @@ def headline(judgement: Judgement) -> Headline:
     which = _which(judgement, lifecycles[lost])
     if lost.any():
         return Headline(f"{plural(int(lost.sum()), 'request was', 'requests were')} LOST{which}", "bad")
-    copied = lifecycles["copies_without"] & ~exposed
+    copied = _copied(lifecycles)
     if copied.any():
         which = _which(judgement, lifecycles[copied])
         were = plural(int(copied.sum()), "request was", "requests were")
@@ -291,14 +291,19 @@ def _rank(lifecycles: pd.DataFrame) -> pd.Series[Any]:
     for place, name in enumerate(_RANKS):
         rank[end == name] = place
     rank[lifecycles["stale"].astype(bool) & end.isin(_SERVED)] = _RANKS.index("stale")
-    copied = lifecycles["copies_without"].astype(bool) & (end != "lost") & _carries(lifecycles)
-    rank[copied] = _RANKS.index("copied")
+    rank[_copied(lifecycles)] = _RANKS.index("copied")
     rank[_exposed(lifecycles)] = _RANKS.index("exposed")
     return pd.Series(rank, lifecycles.index)
 
 
 def _exposed(lifecycles: pd.DataFrame) -> pd.Series[bool]:
     return (lifecycles["end"] == "open") & lifecycles["exposed"].astype(bool)
+
+
+# As left_out(), of each; what a save need not keep is in no danger.
+def _copied(lifecycles: pd.DataFrame) -> pd.Series[bool]:
+    told = lifecycles["copies_without"].astype(bool) & (lifecycles["end"] != "lost") & ~_exposed(lifecycles)
+    return told & _carries(lifecycles)
 
 
 def left_out(row: Mapping[str, Any]) -> bool:
@@ -327,10 +332,35 @@ def wait(row: Mapping[str, Any]) -> tuple[int, int | None]:
     return lower, int(ended) - int(row["raised_after_ns"])
 
 
-def copies(judgement: Judgement) -> pd.DataFrame:
-    """Return the saves that left a request out, those first of which a copy was seen to run."""
+class BlindSave(NamedTuple):
+    """A save that left a request out, as people read it."""
+
+    guest: str
+    vcpu: int
+    request: str
+    time_ns: int
+    read: Sequence[str]
+    then: str  # what the vCPU did
+    runs_as: str  # the guest that was made of it, if one was seen to run
+
+
+def blind_saves(judgement: Judgement, known: Mapping[int, Guest], most: int) -> tuple[list[BlindSave], int]:
+    """Return the first saves that left a request out, those of which a copy was seen to run, and how many more."""
     saves = judgement.saves[~judgement.saves["carried"]]
-    return saves.iloc[np.lexsort((saves["time_ns"], saves["ran_as"] < 0))]
+    first = saves.iloc[np.lexsort((saves["time_ns"], saves["ran_as"] < 0))].head(most)
+    told = [
+        BlindSave(
+            guest_of(row, known).name,
+            row["vcpu"],
+            shown(row["request"]),
+            row["time_ns"],
+            row["read"].split(","),
+            "ran on" if row["ran_again"] else "ended",
+            known[row["ran_as"]].name if row["ran_as"] in known else "",
+        )
+        for row in records(first)
+    ]
+    return told, len(saves) - len(told)
 
 
 def stories(story: pd.DataFrame) -> dict[Any, pd.DataFrame]:

@@ -15,7 +15,7 @@ from reports.judged import (
     PLACES,
     Fact,
     Guest,
-    copies,
+    blind_saves,
     dropped,
     guest_of,
     guests,
@@ -183,10 +183,9 @@ def _one_by_one(source: Source, title: str, *, alone: bool) -> Iterator[str]:
 
 def _saves(source: Source) -> Iterator[str]:
     """Yield which saves left a request out, and where a copy runs that was made from one."""
-    table = copies(source.judgement)
-    if table.empty:
+    saves, more = blind_saves(source.judgement, source.guests, MOST_ROWS)
+    if not saves:
         return
-    clock = Clock(source.judgement.meta["clock"])
     layout = [
         Column("guest", least=8),
         Column("vCPU", right=True),
@@ -196,22 +195,12 @@ def _saves(source: Source) -> Iterator[str]:
         Column("a copy runs as", least=8),
     ]
     yield "Saves that left a request out"
-    yield from columns(
-        layout,
-        [
-            [
-                guest_of(row, source.guests).name,
-                str(row["vcpu"]),
-                shown(row["request"]),
-                clock.when(row["time_ns"]),
-                "ran on" if row["ran_again"] else "ended",
-                source.guests[row["ran_as"]].name if row["ran_as"] in source.guests else "",
-            ]
-            for row in records(table.head(MOST_ROWS))
-        ],
-    )
-    if len(table) > MOST_ROWS:
-        yield f"  and {plural(len(table) - MOST_ROWS, 'more', 'more')}, with --format json"
+    rows = [
+        [one.guest, str(one.vcpu), one.request, source.clock.time(one.time_ns), one.then, one.runs_as] for one in saves
+    ]
+    yield from columns(layout, rows)
+    if more:
+        yield f"  and {plural(more, 'more', 'more')}, with --format json"
 
 
 def _findings(judgement: Judgement) -> Iterator[str]:

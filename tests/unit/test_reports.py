@@ -29,10 +29,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from analysis.judge import Judgement
 from analysis.latency import bounds
 from analysis.ordering import Ordered, Ordering
 from analysis.promises import RULES
-from analysis.saves import Saves
+from analysis.saves import SAVES, Saves
 from analysis.words import PLACES, SOURCES
 from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
@@ -168,13 +169,8 @@ class Judged:
     saves: pd.DataFrame = field(default_factory=lambda: Saves({}).tables()[0])
     restores: pd.DataFrame = field(default_factory=lambda: Saves({}).tables()[1])
 
-    @property
-    def copies_without(self) -> int:
-        return int(self.lifecycles["copies_without"].sum())
-
-    @property
-    def dropped(self) -> int:
-        return int(self.restores["ran"].sum())
+    copies_without = Judgement.copies_without
+    dropped = Judgement.dropped
 
 
 def frame(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -1210,6 +1206,23 @@ def test_a_hostile_name_stays_a_name() -> None:
         assert any(name in each for each in texts), name
     assert any("new\\nline\\x1b" in each for each in texts)
     assert not any("\u202e" in each or "\x1b" in each for each in texts)
+
+
+def test_a_save_that_left_a_request_out_names_the_copy_that_runs() -> None:
+    """In the terminal and on the page; what nobody saw run has no name."""
+    row = {"pid": 4_001, "vcpu": 3, "vcpu_number": 1, "request": "nmi", "after_ns": START_NS, "time_ns": START_NS + 1}
+    row |= {"carried": False, "read": "regs,sregs,msrs", "ran_again": True, "arrived": ""}
+    rows = [
+        {**row, "vm": 1, "ran_as": ran_as, "carried": carried}
+        for ran_as, carried in ((-1, False), (2, False), (2, True))
+    ]
+    saves = frame(SAVES, rows)
+    told_of = source(judgement([lifecycle(1, blind_saves=2), lifecycle(2)], saves=saves))
+    page, shown = html.page([told_of]), text.report(told_of)
+    assert re.findall(r'<td>regs, sregs, msrs</td><td>ran on</td><td class="name">(.*?)</td>', page) == ["web-2", ""]
+    table = shown.partition("Saves that left a request out")[2].splitlines()[2:4]
+    told = ["web-1", "3", "nmi", words.Clock(META["clock"]).time(START_NS + 1), "ran", "on"]
+    assert [line.split() for line in table] == [[*told, "web-2"], told]
 
 
 def test_a_page_about_nothing_says_how_much_was_watched() -> None:
