@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from analysis import rules
 from analysis.compiled import compiled
-from analysis.events import HALF, NOTHING, READ, STILL, SYNC, Event, holds, signed, succeeded
+from analysis.events import HALF, NOTHING, READ, STILL, SYNC, Event, fault_in_payload, holds, signed, succeeded
 from analysis.memory import NONE, Memory, Record, take
 from analysis.words import Copy
 from probes.requests import TRIPLE_FAULT
-from probes.schema import PAYLOAD_PENDING, RAN, STATE_BITS, VALID_TRIPLE_FAULT, Kind
+from probes.schema import RAN, STATE_BITS, Kind
 
 _EVENTS = STATE_BITS["events"]
 
@@ -143,7 +143,7 @@ def of_vcpu(memory: Memory, vcpu: Record, event: Event) -> None:
             _restored(memory, vcpu, event, True)
     elif event.kind == Kind.VCPU_END:
         _restored(memory, vcpu, event, event.detail & RAN != 0)
-    elif event.kind == Kind.RESTORE and event.detail & VALID_TRIPLE_FAULT and event.detail & PAYLOAD_PENDING:
+    elif event.kind == Kind.RESTORE and fault_in_payload(event):
         # KVM_SET_VCPU_EVENTS that raises a triple fault: the last one counts.
         vcpu.refused_ns, vcpu.refused = (NONE, 0) if succeeded(event) else (event.time_ns, _errno(event))
 

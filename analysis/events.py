@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.compiled import compiled
-from probes.schema import NO_BIT, REQUEST_FLAGS, REQUEST_MASK, Flag, Kind
+from probes.schema import NO_BIT, PAYLOAD_PENDING, REQUEST_FLAGS, REQUEST_MASK, VALID_TRIPLE_FAULT, Flag, Kind
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -170,6 +170,12 @@ def asked_for(event: Event) -> int:
 def succeeded(event: Event) -> bool:
     """Tell whether the ioctl returned 0."""
     return bool(event.arg >> HALF == NOTHING)
+
+
+@compiled
+def fault_in_payload(event: Event) -> bool:
+    """Tell whether the events of a SAVE or RESTORE hold a pending triple fault."""
+    return event.detail & VALID_TRIPLE_FAULT != 0 and event.detail & PAYLOAD_PENDING != 0
 
 
 @compiled

@@ -197,9 +197,12 @@ class Pass:
         if len(self._buffers[0]) < len(self.memory.rows):
             self._buffers = tuple(np.empty(len(self.memory.rows), dtype) for dtype in _GIVEN)
         gives = (walk.give_lifecycles, walk.give_shutdowns, walk.give_breaks, walk.give_edges, walk.give_copies)
-        for give, buffer, rows in zip(gives, self._buffers, self._ended, strict=True):
-            if count := give(self.memory, buffer):
-                rows.add(buffer[:count], self._batches)
+        for name, give, buffer, rows in zip(columns.GIVEN, gives, self._buffers, self._ended, strict=True):
+            given = buffer[: int(self.now[f"many_{name}"])]
+            give(self.memory, int(self.now[name]), given)
+            self.now[name], self.now[f"many_{name}"] = memory.NONE, 0
+            if len(given):
+                rows.add(given, self._batches)
 
     def _make_room(self) -> None:
         """Forget what is old; where less than half is free then, double it."""

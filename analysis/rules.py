@@ -9,14 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.compiled import compiled
-from analysis.events import CREATED, DEAD, NESTED, SYNC, Array, Event, holds, low, succeeded
+from analysis.events import CREATED, DEAD, NESTED, SYNC, Array, Event, fault_in_payload, holds, low, succeeded
 from analysis.memory import Record
 from analysis.words import IOCTLS, SITES, By, Place, Source, Verdict, Why
 from probes.requests import STATE, TRIPLE_FAULT, stateless
 from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
-    PAYLOAD_PENDING,
     RAN,
     VALID_TRIPLE_FAULT,
     Kind,
@@ -156,8 +155,7 @@ def given(wanted: Record, pending: Record, event: Event, before: bool) -> int:
     if keeps == HARMLESS or (event.flags & SYNC and keeps in (BY_NOTHING, UNNAMED)):
         return NO_SAVE
     if keeps == BY_FLAG:
-        both = event.detail & VALID_TRIPLE_FAULT != 0 and event.detail & PAYLOAD_PENDING != 0
-        return CARRIED if both else BLIND
+        return CARRIED if fault_in_payload(event) else BLIND
     if keeps == UNNAMED or not before:
         return UNSURE  # raised while the vCPU was saved: before or after that?
     return CARRIED if keeps == BY_EVENTS else BLIND
@@ -305,7 +303,7 @@ def reset_or_restored(pending: Record, event: Event, before: bool) -> None:
     elif event.kind == Kind.RESTORE and succeeded(event):
         if event.detail & VALID_TRIPLE_FAULT == 0:
             pending.restored_without = True
-        elif event.detail & PAYLOAD_PENDING:
+        elif fault_in_payload(event):
             pending.set_in_pause, pending.set_since_reset = True, pending.set_since_reset or pending.reset
     elif event.kind == Kind.RUN_EXIT:
         pending.set_in_pause = False

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.events import Array
-from analysis.passes import Table
+from analysis.passes import Table, nothing
 from analysis.words import Copy
 from probes.requests import TRIPLE_FAULT
 from probes.schema import STATES
@@ -117,14 +117,8 @@ class Saves:
         return _typed(table.sort_values(order), SAVES), _typed(restores.sort_values(order), RESTORES)
 
 
-_EMPTY = {"request": "i8", "fingerprint": "u8", "word": "u8"}
-
-
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    if parts:
-        return pd.concat(parts, ignore_index=True)
-    columns = ("vm", "pid", "vcpu", "vcpu_number", "pause", "after_ns", "time_ns", "carried", "ran", "read", "errno")
-    return pd.DataFrame({name: np.empty(0, _EMPTY.get(name, "i8")) for name in (*columns, *_EMPTY)})
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(nothing().copies)
 
 
 def _with_pause(saved: pd.DataFrame, closed: pd.DataFrame) -> pd.DataFrame:
@@ -145,11 +139,11 @@ def _read(sets: Array) -> Array:
 def _arrivals(saves: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
     """Return, for each save, the first restore of it that ran: of several saves alike it is a copy of the last one."""
     columns = ["vm", "pid", "vcpu", "vcpu_number", "after_ns", "time_ns", "word"]
-    nothing = pd.DataFrame({name: np.full(len(saves), -1 if name == "vm" else 0, "i8") for name in columns})
-    nothing["word"] = nothing["word"].astype(np.uint64)
+    found = pd.DataFrame({name: np.full(len(saves), -1 if name == "vm" else 0, "i8") for name in columns})
+    found["word"] = found["word"].astype(np.uint64)
     proving = saves.loc[saves["fingerprint"] != 0, [*_PROOF, "pause", "vcpu_number", "time_ns"]].reset_index()
     if restored.empty or proving.empty:
-        return nothing
+        return found
     # Requests that were saved together are one save.
     last = proving.sort_values("time_ns").drop_duplicates([*_PROOF, "vcpu_number", "pause"], keep="last")
     copies = pd.merge_asof(
@@ -160,17 +154,17 @@ def _arrivals(saves: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
         by=_PROOF,
     ).dropna(subset=["saved_ns"])
     copies = copies.drop_duplicates(["of", "of_pause"])
-    found = proving.merge(
+    seen = proving.merge(
         copies[["of", "of_pause", *columns]],
         left_on=["vcpu_number", "pause"],
         right_on=["of", "of_pause"],
         suffixes=("_saved", ""),
     )
     for name in columns:
-        values = nothing[name].to_numpy(copy=True)
-        values[found["index"].to_numpy()] = found[name].to_numpy()
-        nothing[name] = values
-    return nothing
+        values = found[name].to_numpy(copy=True)
+        values[seen["index"].to_numpy()] = seen[name].to_numpy()
+        found[name] = values
+    return found
 
 
 def _typed(rows: Any, columns: Mapping[str, str]) -> pd.DataFrame:

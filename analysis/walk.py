@@ -304,76 +304,62 @@ def starved_rows(wanted: Record, memory: Memory, rows: Array) -> None:
             order_rules.starved(memory, wanted, memory.rows[place], rows[at])
 
 
+# --- what is given out: a function for each sort, as compiled code takes the names of columns only literally -------
+
+
 @compiled
-def give_lifecycles(memory: Memory, into: Array) -> int:
-    """Fill in the lifecycles that the walk has ended, the newest last, and free them; return how many there were."""
-    now, place = memory.now, memory.now.finished
-    for at in range(now.many_finished - 1, -1, -1):
-        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+def _given(memory: Memory, place: int) -> int:
+    """Free the place of what was given out, and return the one before it."""
+    before: int = memory.rows[place].next
+    give(memory, place)
+    return before
+
+
+@compiled
+def give_lifecycles(memory: Memory, place: int, into: Array) -> None:
+    """Fill in the lifecycles that the walk has ended, from the newest one on, which comes last, and free them."""
+    for at in range(len(into) - 1, -1, -1):
+        row, given = memory.rows[place], into[at]
         for name in each_of(_ENDED):
             given[name] = row[name]
-        give(memory, place)
-        place = after
-    count: int = now.many_finished
-    now.finished, now.many_finished = NONE, 0
-    return count
+        place = _given(memory, place)
 
 
 @compiled
-def give_shutdowns(memory: Memory, into: Array) -> int:
-    """Fill in the shutdown exits that the walk has seen, as :func:`give_lifecycles` does."""
-    now, place = memory.now, memory.now.shutdowns
-    for at in range(now.many_shutdowns - 1, -1, -1):
-        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+def give_shutdowns(memory: Memory, place: int, into: Array) -> None:
+    """Fill in the shutdown exits that it has seen."""
+    for at in range(len(into) - 1, -1, -1):
+        row, given = memory.rows[place], into[at]
         for name in each_of(_SHUT):
             given[name] = row[name]
-        give(memory, place)
-        place = after
-    count: int = now.many_shutdowns
-    now.shutdowns, now.many_shutdowns = NONE, 0
-    return count
+        place = _given(memory, place)
 
 
 @compiled
-def give_breaks(memory: Memory, into: Array) -> int:
-    """Fill in what has broken a rule, as :func:`give_lifecycles` does."""
-    now, place = memory.now, memory.now.breaks
-    for at in range(now.many_breaks - 1, -1, -1):
-        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+def give_breaks(memory: Memory, place: int, into: Array) -> None:
+    """Fill in what has broken a rule."""
+    for at in range(len(into) - 1, -1, -1):
+        row, given = memory.rows[place], into[at]
         for name in each_of(_BROKEN):
             given[name] = row[name]
-        give(memory, place)
-        place = after
-    count: int = now.many_breaks
-    now.breaks, now.many_breaks = NONE, 0
-    return count
+        place = _given(memory, place)
 
 
 @compiled
-def give_edges(memory: Memory, into: Array) -> int:
-    """Fill in where periods begin and end, as :func:`give_lifecycles` does."""
-    now, place = memory.now, memory.now.edges
-    for at in range(now.many_edges - 1, -1, -1):
-        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+def give_edges(memory: Memory, place: int, into: Array) -> None:
+    """Fill in where periods begin and end."""
+    for at in range(len(into) - 1, -1, -1):
+        row, given = memory.rows[place], into[at]
         for name in each_of(_EDGES):
             given[name] = row[name]
-        give(memory, place)
-        place = after
-    count: int = now.many_edges
-    now.edges, now.many_edges = NONE, 0
-    return count
+        place = _given(memory, place)
 
 
 @compiled
-def give_copies(memory: Memory, into: Array) -> int:
-    """Fill in what concerns copies, as :func:`give_lifecycles` does."""
-    now, place = memory.now, memory.now.copies
-    for at in range(now.many_copies - 1, -1, -1):
-        row, given, after = memory.rows[place], into[at], memory.rows[place].next
+def give_copies(memory: Memory, place: int, into: Array) -> None:
+    """Fill in what concerns copies."""
+    for at in range(len(into) - 1, -1, -1):
+        row, given = memory.rows[place], into[at]
         for name in each_of(_COPIES):
             given[name] = row[name]
-        give(memory, place)
-        place = after
-    count: int = now.many_copies
-    now.copies, now.many_copies = NONE, 0
-    return count
+        place = _given(memory, place)
