@@ -1,13 +1,12 @@
-"""Scenarios: what user space reads and writes of a vCPU, and which of that is a save of what is pending.
-
-In which order VMMs read a vCPU is in docs/vmms.md.
-"""
+"""Scenarios: what user space reads and writes of a vCPU, and which of that is a save of what is pending."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
-from lab.kvm import KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Exit, Ioctl
+from lab.kvm import KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Exit, Ioctl, KvmVcpuEvents, Vcpu
 from lab.requests import INTERRUPTED, no_user_nmi
 from lab.scratch import raise_by_mce
 from lab.stage import (
@@ -161,28 +160,32 @@ def put_back(stage: Stage) -> None:
         shut_down(vcpu)
 
 
-@scenario(lifecycle("handed_over", saves=1), needs=[no_mce, no_triple_fault_event], vms=2)
-def refused_on_arrival(stage: Stage) -> None:
-    """The save carries it, the restore is refused."""
+@contextlib.contextmanager
+def _arriving(stage: Stage) -> Iterator[tuple[Vcpu, KvmVcpuEvents]]:
+    """Save a guest with it, and yield another one that has its registers, and the events that it has yet to get.
+
+    That one has not the capability, and lives on.
+    """
     with stage.guest(triple_fault_event=True) as source:
         raise_by_mce(source)
         registers = Registers.of(source)
         events = save(source)
     with stage.guest() as copy:
         registers.put(copy)
-        must_refuse(errno.EINVAL, lambda: copy.set_vcpu_events(events))
+        yield copy, events
         live_on(copy)
+
+
+@scenario(lifecycle("handed_over", saves=1), needs=[no_mce, no_triple_fault_event], vms=2)
+def refused_on_arrival(stage: Stage) -> None:
+    """The save carries it, the restore is refused."""
+    with _arriving(stage) as (copy, events):
+        must_refuse(errno.EINVAL, lambda: copy.set_vcpu_events(events))
 
 
 @scenario(lifecycle("handed_over", saves=1), needs=[no_mce, no_triple_fault_event], vms=2)
 def dropped_on_arrival(stage: Stage) -> None:
     """The save carries it, the restore leaves it out."""
-    with stage.guest(triple_fault_event=True) as source:
-        raise_by_mce(source)
-        registers = Registers.of(source)
-        events = save(source)
-    with stage.guest() as copy:
-        registers.put(copy)
+    with _arriving(stage) as (copy, events):
         events.flags &= ~KVM_VCPUEVENT_VALID_TRIPLE_FAULT
         copy.set_vcpu_events(events)
-        live_on(copy)

@@ -82,6 +82,11 @@ def _nested(at: Mapping[str, int], name: str, vcpu: str) -> list[str]:
     return []
 
 
+def _exits(at: Mapping[str, int], vcpu: str) -> str:
+    """How often the vCPU has left the guest."""
+    return f"exits=+{at['exits']}({vcpu}):u64"
+
+
 def _dead(at: Mapping[str, int], kvm: str) -> list[str]:
     """Whether KVM has given the VM up."""
     name = next((name for name in ("dead", "bugged") if name in at), None)
@@ -123,7 +128,7 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
         return [
             *_vcpu(at, "%di"),
             f"cr0=+{at['cr0']}(%di):x64",
-            f"exits=+{at['exits']}(%di):u64",
+            _exits(at, "%di"),
             f"valid_regs=+{at['valid_regs']}({run}):x64",
             f"flags=+{sync + _EVENTS_FLAGS}({run}):u32",
             f"pending=+{sync + _EVENTS_PENDING}({run}):u8",
@@ -132,10 +137,9 @@ def arguments(program: str, at: Mapping[str, int]) -> list[str]:
             *([f"protected=+{at['protected']}(%di):u8"] if "protected" in at else ()),
         ]
     if program == "vcpu_create":
-        return [*_known(at, "%di"), f"exits=+{at['exits']}(%di):u64"]
+        return [*_known(at, "%di"), _exits(at, "%di")]
     if program == "vcpu_destroy":
-        exits = f"exits=+{at['exits']}(%di):u64"
-        return [*_known(at, "%di"), exits, *_dead(at, f"+{at['kvm']}(%di)")]
+        return [*_known(at, "%di"), _exits(at, "%di"), *_dead(at, f"+{at['kvm']}(%di)")]
     if program in ("vcpu_reset", "get_events"):
         return _vcpu(at, "%di")
     if program == "set_events":

@@ -1,8 +1,7 @@
 """KVM's requests: which bit of ``vcpu->requests`` is which, on which kernel, and which of them a save must keep.
 
 The numbers are macros, so BTF does not hold them; the table comes from the kernels' sources. Most bits never moved:
-KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table.
-docs/requests.md tells of each request at length.
+KVM_REQ_TRIPLE_FAULT is bit 10 in every release of the table. docs/requests.md tells of each request at length.
 """
 
 from __future__ import annotations

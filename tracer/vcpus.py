@@ -91,6 +91,11 @@ class _Vcpu:
     read: int = 0  # what user space has read of it, and
     written: int = 0  # written, since it last ran
 
+    @property
+    def saved(self) -> bool:
+        """Whether that is what makes a save."""
+        return self.read & SAVED_STATE == SAVED_STATE
+
     def counted(self, exits: int) -> bool:
         """Take how often it has left the guest; return whether it has run since it was last asked."""
         ran = self.exits is not None and exits != self.exits
@@ -244,8 +249,7 @@ class Vcpus:
     @staticmethod
     def _live(state: _Vcpu, reading: _Reading) -> int:
         flags = state.flags | (Flag.CAP if reading.cap else 0) | (Flag.NESTED if reading.nested else 0)
-        saved = state.read & SAVED_STATE == SAVED_STATE
-        return flags | (Flag.READ if saved else 0) | (Flag.STILL if state.still else 0)
+        return flags | (Flag.READ if state.saved else 0) | (Flag.STILL if state.still else 0)
 
     def _whole_vm(self, time_ns: int, pid: int, what: tuple[int, int, int], who: tuple[int, int]) -> None:
         self.events.append((time_ns, 0, 0, 0, what[1], 0, 0, pid, who[0], what[2], who[1], what[0], 0))
@@ -343,7 +347,7 @@ class Vcpus:
         self._threads[record.common_pid] = _Inside(record.vcpu, cmd)
         what = Kind.RUN_ENTER if cmd == KVM_RUN else Kind.IOCTL_ENTER, cmd, 0
         # What was raised since it was saved is not left out by that once it runs.
-        send_if = self.watched if cmd == KVM_RUN and state.read & SAVED_STATE == SAVED_STATE else 0
+        send_if = self.watched if cmd == KVM_RUN and state.saved else 0
         self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), send_if)
 
     def _put(self, record: Any, time_ns: int, cpu: int) -> None:
@@ -385,10 +389,9 @@ class Vcpus:
         if reading is None or result < 0 or ((read | written) == STATE_BITS["msrs"] and not result):
             return
         known, state.read, state.written = state.read, state.read | read, state.written | written
-        saved = state.read & SAVED_STATE == SAVED_STATE
-        if read and state.read != known and saved:
+        if read and state.read != known and state.saved:
             self._boundary(state, reading, (Kind.READ, 0, state.read), who, _ALWAYS)
-        if written & SAVED_STATE and state.written & RESTORED_STATE == RESTORED_STATE and not saved:
+        if written & SAVED_STATE and state.written & RESTORED_STATE == RESTORED_STATE and not state.saved:
             state.read = 0
             self._boundary(state, reading, (Kind.WRITTEN, 0, state.written), who, _ALWAYS)
 

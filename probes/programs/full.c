@@ -47,7 +47,6 @@ static inline struct vcpu_state *runs(u64 vcpu)
 static inline void tell_inside(struct vcpu_state *state, u64 vcpu, u32 kind, u64 arg, u32 detail)
 {
 	struct reading reading = {};
-
 	u8 flags;
 
 	take_reading(state, vcpu, &reading);

@@ -246,6 +246,12 @@ static inline void lose(u32 number, u64 now)
 	loss->last_ns = now;
 }
 
+/* User space has read what makes a save since the vCPU last ran, as far as forget_if_ran() has looked. */
+static inline int is_saved(struct vcpu_state *state)
+{
+	return (state->read & SAVED_STATE) == SAVED_STATE;
+}
+
 /* Forget what was read and written of a vCPU that has run since. At no cost where it runs: KVM counts for itself. */
 static inline void forget_if_ran(struct vcpu_state *state, u64 vcpu)
 {
@@ -288,7 +294,7 @@ static inline u8 live_flags(struct vcpu_state *state, u64 vcpu)
 #endif
 	if (state->read || state->still)
 		forget_if_ran(state, vcpu);
-	if ((state->read & SAVED_STATE) == SAVED_STATE)
+	if (is_saved(state))
 		flags |= FLAG_READ;
 	if (state->still)
 		flags |= FLAG_STILL;
@@ -432,8 +438,9 @@ static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 ar
 #define NR_REGS	17	/* RAX to R15, RIP: enum kvm_reg */
 
 /*
- * A fingerprint of the general registers and CR3 (SipHash-1-3, https://www.aumasson.jp/siphash/siphash.pdf): it is the same for a
- * vCPU that is saved and for one that is restored from that, and tells nothing of them without the recording's key.
+ * A fingerprint of the general registers and CR3 (SipHash-1-3, https://www.aumasson.jp/siphash/siphash.pdf): it is the
+ * same for a vCPU that is saved and for one that is restored from that, and tells nothing of them without the
+ * recording's key.
  */
 static inline u64 fingerprint(u64 vcpu)
 {
@@ -484,7 +491,7 @@ static inline void state_passed(struct vcpu_state *state, u64 vcpu, u32 cmd, int
 	if (read) {
 		known = state->read;
 		state->read |= read;
-		if (state->read == known || (state->read & SAVED_STATE) != SAVED_STATE)
+		if (state->read == known || !is_saved(state))
 			return;
 		state->fingerprint = fingerprint(vcpu);
 		boundary(state, vcpu, KIND_READ, state->fingerprint, state->read, ALWAYS);
@@ -493,7 +500,7 @@ static inline void state_passed(struct vcpu_state *state, u64 vcpu, u32 cmd, int
 		if (!(written & SAVED_STATE) || (state->written & RESTORED_STATE) != RESTORED_STATE)
 			return;
 		mark = fingerprint(vcpu);
-		if ((state->read & SAVED_STATE) == SAVED_STATE && mark == state->fingerprint)
+		if (is_saved(state) && mark == state->fingerprint)
 			return;			/* what was read is put back: it is what it was */
 		state->read = 0;
 		restored(state, vcpu);
@@ -717,7 +724,7 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 	if ((state->word & WATCHED) && resets(vcpu, cmd, argument)) {
 		kind = KIND_RESET;
 		send_if = ALWAYS;
-	} else if (cmd == KVM_RUN && (state->read & SAVED_STATE) == SAVED_STATE) {
+	} else if (cmd == KVM_RUN && is_saved(state)) {
 		send_if = WATCHED;	/* what was raised since it was saved is not left out by that any more */
 	}
 	boundary(state, vcpu, kind, cmd, 0, send_if);
