@@ -87,7 +87,7 @@ class _Vcpu:
     seq: int = 0
     exits: int | None = None  # how often it had left the guest, as it was last read
     still: bool = False  # Flag.STILL
-    refused: bool = False  # a restore of it failed, and it has not run since
+    restored: bool = False  # its registers were written, or a restore of it failed, and it has not run since
     read: int = 0  # what user space has read of it, and
     written: int = 0  # written, since it last ran
 
@@ -104,6 +104,12 @@ class _Vcpu:
             self.read = self.written = 0
             self.still = False
         return ran
+
+    def ran_restored(self, ran: bool) -> int:
+        """Return RAN where it has run that was restored, or refused to be: told once."""
+        told = RAN if self.restored and ran else 0
+        self.restored &= not told
+        return told
 
 
 @dataclass(slots=True)
@@ -301,8 +307,7 @@ class Vcpus:
     def _destroy(self, record: Any, time_ns: int, cpu: int) -> None:
         state = self._vcpus.get(record.vcpu) or self._begin(record, time_ns, cpu)
         if state is not None:
-            state.counted(record.exits)
-            what = Kind.VCPU_END, End.DESTROYED, 0
+            what = Kind.VCPU_END, End.DESTROYED, state.ran_restored(state.counted(record.exits))
             self._boundary(state, self._reading(record, time_ns), what, (record.common_pid, cpu), _ALWAYS)
             del self._vcpus[record.vcpu]
 
@@ -384,7 +389,7 @@ class Vcpus:
         """
         number, reading = inside.cmd & 0xFF, inside.reading or inside.begun
         if inside.cmd == KVM_SET_VCPU_EVENTS and result < 0:
-            state.refused = True
+            state.restored = True
         read, written = _READS.get(number, 0), _WRITES.get(number, 0)
         if reading is None or result < 0 or ((read | written) == STATE_BITS["msrs"] and not result):
             return
@@ -392,7 +397,7 @@ class Vcpus:
         if read and state.read != known and state.saved:
             self._boundary(state, reading, (Kind.READ, 0, state.read), who, _ALWAYS)
         if written & SAVED_STATE and state.written & RESTORED_STATE == RESTORED_STATE and not state.saved:
-            state.read = 0
+            state.read, state.restored = 0, True
             self._boundary(state, reading, (Kind.WRITTEN, 0, state.written), who, _ALWAYS)
 
     def _ioctl_end(self, record: Any, time_ns: int, cpu: int) -> None:
@@ -471,10 +476,9 @@ class Vcpus:
         given_up = inside.reading.dead and error == -errno.EIO  # vcpu_enter_guest took the request for that
         send_if = _ALWAYS if shutdown or event or given_up else self.watched
         who = record.common_pid, cpu
-        restored = state.refused and inside.ran
-        if restored:
-            state.refused, send_if = False, _ALWAYS
-        what = Kind.RUN_EXIT, record.reason | _errno(error), event | RAN * restored
+        restored = state.ran_restored(inside.ran)
+        send_if = _ALWAYS if restored else send_if
+        what = Kind.RUN_EXIT, record.reason | _errno(error), event | restored
         self._boundary(state, inside.reading, what, who, send_if)
         valid, events = inside.sync
         if state.word & self.watched and valid & _KVM_SYNC_X86_EVENTS:

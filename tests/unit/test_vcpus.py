@@ -14,6 +14,7 @@ from probes.schema import (
     IN_GUEST_MODE,
     NO_IOCTL,
     PAYLOAD_PENDING,
+    RAN,
     REMOTE,
     VALID_TRIPLE_FAULT,
     End,
@@ -469,3 +470,14 @@ def test_a_vcpu_that_has_not_run_since_tracing_began_is_still() -> None:
     stream = Stream().ioctl(SET_MCE, leaves=TF).run(2).run(2)
     flags = [bool(one["flags"] & Flag.STILL) for one in stream.events]
     assert flags == [True, True, False, False]
+
+
+def test_the_first_run_after_a_restore_is_told_once() -> None:
+    """Also where that was refused; a KVM_RUN that does not enter the guest is none."""
+    stream = Stream()("vcpu_create").register(SET_SREGS).register(SET_REGS).run(5, errno=EINTR).run(2).run(2)
+    stream("vcpu_ioctl", cmd=KVM_SET_VCPU_EVENTS)("set_events")("vcpu_put")("ioctl_end", ret=-22).run(2)
+    ran = [bool(one["detail"] & RAN) for one in stream.events if one["kind"] == Kind.RUN_EXIT]
+    assert ran == [True, True]
+    stream = Stream()("vcpu_create").register(SET_SREGS).register(SET_REGS)
+    stream.exits += 1
+    assert stream("vcpu_destroy").events[-1]["detail"] == RAN
