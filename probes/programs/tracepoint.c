@@ -242,18 +242,24 @@ static inline struct vcpu_state *state_inside(u64 vcpu)
 }
 #endif
 
-/* Whether another descriptor of this process than fd leads to the same file. */
-static inline int duplicated(u64 table, u64 file, u32 fd, struct vmm_state *vmm)
+/*
+ * Whether another descriptor of this process than fd leads to the same file.
+ *
+ * Chunks are read at multiples of their length, as tables are allotted (alloc_fdtable() in fs/file.c: a multiple of
+ * BITS_PER_LONG). What lies behind a table is another one, with files that were there before, at addresses in use again.
+ */
+static inline int duplicated(u64 table, u32 max, u64 file, u32 fd, struct vmm_state *vmm)
 {
-	u32 zero = 0, low = vmm->low, high = vmm->high;
+	u32 zero = 0, low = vmm->low & ~(CHUNK - 1), high = vmm->high;
 	struct chunk *chunk = chunks.lookup(&zero);
 
 	if (!chunk || high - low >= CHUNK * MAX_CHUNKS)
 		return 1;		/* too many to look through: the end of the process will tell */
 	for (u32 i = 0; i < MAX_CHUNKS; i++) {
-		if (low + i * CHUNK > high)
+		if (low + i * CHUNK > high || low + i * CHUNK >= max)
 			break;
-		bpf_probe_read_kernel(chunk, sizeof(*chunk), (void *)(table + 8 * (u64)(low + i * CHUNK)));
+		if (bpf_probe_read_kernel(chunk, sizeof(*chunk), (void *)(table + 8 * (u64)(low + i * CHUNK))))
+			return 1;
 		for (u32 j = 0; j < CHUNK; j++)
 			if (chunk->file[j] == file && low + i * CHUNK + j != fd)
 				return 1;
@@ -329,7 +335,7 @@ static inline void close_one(u32 pid, u32 fd)
 	if (!vcpu)
 		return;
 	state = vcpus.lookup(&vcpu);
-	if (!state || state->pid != pid || duplicated(table, file, fd, vmm))
+	if (!state || state->pid != pid || duplicated(table, max, file, fd, vmm))
 		return;
 	new_epoch();
 	owner = read_u64(vcpu + OFFSET_MUTEX_OWNER);
