@@ -22,7 +22,8 @@ from tracer import host
 from tracer.engines import Engine
 from tracer.errors import CannotTrace
 
-_AWAIT_S = 5.0
+_AWAIT_S = 2.0
+_LIVES = 3
 _LOOK_S = 0.001
 _BIT = 1 << TRIPLE_FAULT
 # Events of a whole VM, which have its number in their detail.
@@ -56,40 +57,55 @@ def misses(own: Batch) -> list[str]:
 
 
 def listen(engine: Engine, misses: Misses = misses) -> Heard:
-    """Let a canary live, and return what the hooks told meanwhile. Raises CannotTrace if they did not see it.
+    """Let canaries live until one is seen whole, and return what the hooks told meanwhile.
+
+    Raises CannotTrace if they saw none of them. One may be missed where hooks work: the kernel leaves a program out
+    that it runs already.
 
     ``misses``: what its events lack beside its creation and its end.
     """
     batches = [engine.drain()]
-    untried = host.no_dev_kvm()
-    if untried is not None:
-        return Heard(batches[0], batches[0][:0], untried)
+    why_not = host.no_dev_kvm()
+    gone: list[int] = []
+    missing: list[str] = []
     with engine.watching(os.getpid()):
-        try:
-            scratch.life()
-        except LabError as error:
-            return Heard(batches[0], batches[0][:0], f"a scratch VM cannot be made: {error}")
-        end = time.monotonic() + _AWAIT_S
-        while True:
-            batches.append(engine.drain())
-            seen = np.concatenate(batches)
-            mine = _mine(seen)
-            own = seen[mine]
-            if (own["kind"] == Kind.VCPU_END).any() or time.monotonic() > end:
+        for _ in range(_LIVES if why_not is None else 0):
+            try:
+                scratch.life()
+            except LabError as error:
+                why_not = f"a scratch VM cannot be made: {error}"
                 break
-            time.sleep(_LOOK_S)
-    missing = [
-        what
-        for what, kind in (("its creation", Kind.VCPU_NEW), ("its end", Kind.VCPU_END))
-        if not (own["kind"] == kind).any()
-    ]
-    missing += misses(own)
-    if missing:
+            own = _own_of_one(engine, batches, gone)
+            missing = [*_lifetime(own), *misses(own)]
+            if not missing:
+                break
+            gone += np.unique(own["vcpu"]).tolist()
+    if why_not is None and missing:
         raise CannotTrace(
             f"the {engine.plan.engine} engine's hooks are set and do not see a scratch VM: {', '.join(missing)}",
             hint="kvmreq doctor tells what works here",
         )
-    return Heard(seen[~mine], own)
+    seen = np.concatenate(batches)
+    mine = _mine(seen)
+    return Heard(seen[~mine], seen[mine], why_not)
+
+
+def _own_of_one(engine: Engine, batches: list[Batch], gone: list[int]) -> Batch:
+    """Drain into ``batches`` until the canary has ended, and return its events. ``gone``: numbers of earlier ones."""
+    end = time.monotonic() + _AWAIT_S
+    while True:
+        batches.append(engine.drain())
+        seen = np.concatenate(batches)
+        own: Batch = seen[_mine(seen) & ~np.isin(seen["vcpu"], gone)]
+        if (own["kind"] == Kind.VCPU_END).any() or time.monotonic() > end:
+            return own
+        time.sleep(_LOOK_S)
+
+
+def _lifetime(own: Batch) -> list[str]:
+    """Return which end of its life is missing in the events of the canary."""
+    ends = (("its creation", Kind.VCPU_NEW), ("its end", Kind.VCPU_END))
+    return [what for what, kind in ends if not (own["kind"] == kind).any()]
 
 
 def untried(heard: Heard) -> list[dict[str, Any]]:

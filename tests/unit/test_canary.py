@@ -69,6 +69,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "no_dev_kvm", lambda: None)
     monkeypatch.setattr(host, "is_root_of_pids", lambda: True)
     monkeypatch.setattr(canary, "_AWAIT_S", 0.0)
+    monkeypatch.setattr(canary, "_LIVES", 1)
 
 
 def _listen(monkeypatch: pytest.MonkeyPatch, *batches: Any) -> canary.Heard:
@@ -112,6 +113,17 @@ def test_what_the_hooks_do_not_see_is_named(
     with pytest.raises(CannotTrace) as told:
         _listen(monkeypatch, _events(*OTHERS, *seen))
     assert told.value.message == (f"the tracepoint engine's hooks are set and do not see a scratch VM: {missing}")
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_one_that_was_missed_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is nobody's vCPU. An end that is told late is the earlier one's."""
+    first, late = (NEW, RUN), END
+    monkeypatch.setattr(canary, "_LIVES", 2)
+    second = [{**event, "vcpu": 6, "detail": 8} for event in (NEW, RUN, END)]
+    heard = _listen(monkeypatch, _events(*first), _events(OTHERS[0], late, *second))
+    assert heard.own["vcpu"].tolist() == [5, 5, 5, 6, 6, 6]
+    assert (heard.others == _events(OTHERS[0])).all()
 
 
 @pytest.mark.usefixtures("_impatient")
