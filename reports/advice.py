@@ -46,7 +46,7 @@ def findings(judgement: Judgement, *, most: int = 10) -> list[Finding]:
     At most ``most`` requests of each finding are told one by one.
     """
     known = guests(judgement.vms)
-    clock = Clock(judgement.meta["clock"])
+    clock = Clock.of(judgement.meta)
     lifecycles = judgement.lifecycles
     places = ranked(lifecycles, needs_action(lifecycles))
     alike = lifecycles[_ALIKE].iloc[places].groupby(_ALIKE, sort=False, observed=True)

@@ -23,8 +23,8 @@ SCHEMA = "kvmreq.report/1"
 
 _RECORDING = (
     "host", "boot_id", "kernel", "kvm_module", "kvm_parameters", "engine", "engine_why", "detail", "requests",
-    "requests_flags", "requests_table", "requests_table_exact", "started_ns", "ended_ns", "clock", "plan", "untried",
-    "counters",
+    "requests_flags", "requests_table", "requests_table_exact", "started_ns", "ended_ns", "clock", "clocks", "plan",
+    "untried", "counters",
 )  # fmt: skip
 _LIFECYCLE = (
     "userspace_exits", "saves", "blind_saves", "copies_without", "nested", "stale", "exposed", "why", "raised_in",

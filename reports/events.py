@@ -32,13 +32,14 @@ from probes.schema import (
     requested,
 )
 from probes.uapi import exit_reason, ioctl
+from reports.words import Clock
 
 Array = npt.NDArray[Any]
 
 #: Each column and what it holds.
 COLUMNS: Mapping[str, str] = {
     "time_ns": "CLOCK_MONOTONIC at the hook",
-    "utc_ns": "the same moment in UTC, in ns since 1970, by the recording's pair of clocks",
+    "utc_ns": "the same moment in UTC, in ns since 1970, by the recording's clock",
     "since_ns": "CLOCK_MONOTONIC when this vCPU's word was last read before, 0 if it never was; when its requester"
     " began (request_all_end, in_guest_still)",
     "vcpu": "number of the vCPU in the recording; 0: the event concerns a whole VM or VMM",
@@ -94,32 +95,32 @@ def hardware_exits(meta: Mapping[str, Any]) -> Names:
 
 
 def csv(
-    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None = None
+    batches: Iterable[Array], names: Mapping[int, str], clock: Clock, exits: Names | None = None
 ) -> Iterator[memoryview]:
     """Yield the events as CSV with a heading.
 
-    ``names``: the requests by bit; ``offset_ns``: from monotonic to UTC; ``exits``: names of the hardware's reasons.
+    ``names``: the requests by bit; ``clock``: that of the recording; ``exits``: names of the hardware's reasons.
     """
     yield memoryview((",".join(COLUMNS) + "\n").encode())
 
     def cell(column: _Column) -> Any:
         return _strings(column, lambda word: "|".join(map(str, word)) if column.name in _LISTS else str(word))
 
-    for columns, _ in _decoded(batches, names, offset_ns, exits):
+    for columns, _ in _decoded(batches, names, clock, exits):
         yield _lines([cell(column) for column in columns], ",")
 
 
 def jsonl(
-    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None = None
+    batches: Iterable[Array], names: Mapping[int, str], clock: Clock, exits: Names | None = None
 ) -> Iterator[memoryview]:
-    """Yield the events as one JSON object a line. ``names``, ``offset_ns``, ``exits``: as for :func:`csv`."""
+    """Yield the events as one JSON object a line. ``names``, ``clock``, ``exits``: as for :func:`csv`."""
 
     def member(column: _Column) -> Any:
         key = f"{json.dumps(column.name)}: "
         comma = "{" if column.name == "time_ns" else ", "
         return _joined(pa.scalar(comma + key), _strings(column, json.dumps), pa.scalar(""))
 
-    for columns, count in _decoded(batches, names, offset_ns, exits):
+    for columns, count in _decoded(batches, names, clock, exits):
         yield _lines([*map(member, columns), pa.repeat("}", count)], "")
 
 
@@ -149,15 +150,15 @@ def _lines(cells: list[Any], separator: str) -> memoryview:
 
 
 def _decoded(
-    batches: Iterable[Array], names: Mapping[int, str], offset_ns: int, exits: Names | None
+    batches: Iterable[Array], names: Mapping[int, str], clock: Clock, exits: Names | None
 ) -> Iterator[tuple[list[_Column], int]]:
     for batch in batches:
         for start in range(0, len(batch), _CHUNK):
             part = batch[start : start + _CHUNK]
-            yield _columns(part, names, offset_ns, exits or Names()), len(part)
+            yield _columns(part, names, clock, exits or Names()), len(part)
 
 
-def _columns(events: Array, names: Mapping[int, str], offset_ns: int, exits: Names) -> list[_Column]:
+def _columns(events: Array, names: Mapping[int, str], clock: Clock, exits: Names) -> list[_Column]:
     kind, arg, detail = events["kind"], events["arg"], events["detail"]
     low = arg & np.uint64(0xFFFFFFFF)
     result = (arg >> np.uint64(32)).astype("u4").view("i4")
@@ -189,10 +190,11 @@ def _columns(events: Array, names: Mapping[int, str], offset_ns: int, exits: Nam
     unnamed = np.array([name is None for name in exit_names], bool)[places]
     payload = among(Kind.SAVE, Kind.RESTORE)
     returned = payload | among(Kind.IOCTL_EXIT)
+    times = events["time_ns"].astype("i8")
     with_ioctl = returned | among(Kind.IOCTL_ENTER, Kind.RUN_ENTER) | (among(Kind.RESET) & (arg != 0))
     columns = [
         _Column("time_ns", events["time_ns"]),
-        _Column("utc_ns", events["time_ns"].astype("i8") + offset_ns),
+        _Column("utc_ns", times + clock.offset_ns(times)),
         *(_Column(name, events[name]) for name in ("since_ns", "vcpu", "seq", "pid", "tid", "cpu")),
         named("kind", kind, lambda value: _member(Kind, value)),
         named("requests", events["requests"], requests_of, ~to_all),

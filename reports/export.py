@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.schema import SCHEMA_VERSION, arrow_schema
+from reports.words import Clock
 from tracer.errors import CannotExport
 from tracer.loss import Loss
 
@@ -48,12 +49,11 @@ def export(recording: Recording, style: str, out: _Sink) -> None:
     else:
         from reports import events
 
-        clock = recording.meta["clock"]
         names = {int(bit): str(name) for bit, name in recording.meta["requests_by_bit"].items()}
         exits = events.hardware_exits(recording.meta)
         text = {"csv": events.csv, "json": events.jsonl}[style]
         batches = (segment.events for segment in _present(recording))
-        for lines in text(batches, names, clock["utc_ns"] - clock["monotonic_ns"], exits):
+        for lines in text(batches, names, Clock.of(recording.meta), exits):
             out.write(lines)
 
 

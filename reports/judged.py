@@ -141,7 +141,7 @@ def where(judgement: Judgement) -> str:
     """Return where and when the recording was made, as one sentence."""
     meta = judgement.meta
     host, kernel, engine = (shown(str(meta[key])) for key in ("host", "kernel", "engine"))
-    began = Clock(meta["clock"]).when(meta["started_ns"])
+    began = Clock.of(meta).when(meta["started_ns"])
     return f"Host {host}, Linux {kernel}, engine {engine}, from {began} UTC."
 
 
@@ -380,7 +380,7 @@ class Fact(NamedTuple):
 def recording_facts(judgement: Judgement) -> Sequence[Fact]:
     """Return where, when and how the recording was made."""
     meta = judgement.meta
-    clock = Clock(meta["clock"])
+    clock = Clock.of(meta)
     ended_ns = meta.get("ended_ns")
     engine = f"{meta['engine']}: {meta['engine_why']}" if meta.get("engine_why") else str(meta["engine"])
     parameters = ", ".join(f"{key}={value}" for key, value in sorted((meta.get("kvm_parameters") or {}).items()))

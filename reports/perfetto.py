@@ -117,6 +117,12 @@ class _Strings:
         return made
 
 
+def _snapshot(clock: Mapping[str, int]) -> bytes:
+    pair = ((_MONOTONIC, clock["monotonic_ns"]), (_REALTIME, clock["utc_ns"]))
+    clocks = [pb.data(1, pb.number(1, number), pb.number(2, time_ns)) for number, time_ns in pair]
+    return _packet(pb.data(6, *clocks, pb.number(2, _MONOTONIC)))
+
+
 def _packet(*fields: bytes) -> bytes:
     return pb.data(1, *fields, _SEQUENCE)
 
@@ -137,17 +143,15 @@ class _Trace:
     # --- parts of the trace ---------------------------------------------------------------------------------
 
     def begin(self) -> Iterator[bytes]:
-        meta, clock = self._meta, self._meta["clock"]
-        pair = ((_MONOTONIC, clock["monotonic_ns"]), (_REALTIME, clock["utc_ns"]))
-        clocks = [pb.data(1, pb.number(1, number), pb.number(2, time_ns)) for number, time_ns in pair]
-        snapshot = pb.data(6, *clocks, pb.number(2, _MONOTONIC))
+        meta = self._meta
+        snapshots = b"".join(map(_snapshot, (meta["clock"], *meta.get("clocks", ()))))
         arguments = {key: shown(str(meta[key])) for key in ("host", "kernel", "engine", "detail")}
         arguments["requests"] = requests_watched(meta["requests"])
         event = self._events(_BEGIN, _uuid(_ROOT), "recording", "recording", [self._until_ns], arguments)
         tracks = self._track(_uuid(_ROOT), "kvmreq recording") + self._track(
             _uuid(_LOSSES), "losses", parent=_uuid(_ROOT)
         )
-        yield self._strings.packet() + _packet(snapshot) + tracks + event
+        yield self._strings.packet() + snapshots + tracks + event
 
     def missing(self, reason: str) -> Iterator[bytes]:
         """A segment is not there, or cannot be read."""

@@ -62,7 +62,7 @@ class Source:
     @cached_property
     def clock(self) -> Clock:
         """Return what turns the recording's times into UTC."""
-        return Clock(self.judgement.meta["clock"])
+        return Clock.of(self.judgement.meta)
 
     @cached_property
     def _one_by_one(self) -> pd.Series[bool]:

@@ -136,12 +136,12 @@ def of_recording(recording: Recording, pids: Sequence[int], only_vms: Sequence[i
         meta["host"],
         meta["kernel"],
         f"{meta['engine']}, recorded",
-        Clock(meta["clock"]),
+        Clock.of(meta),
         partial(reason, names),
         {int(bit): name for bit, name in meta["requests_by_bit"].items()},
         "" if meta.get("requests_table_exact", True) else str(meta["requests_table"]),
     )
-    guests = meta.get("guests", {})
+    guests: dict[str, Any] = {**meta.get("guests", {})}
     seen = [
         {
             "vm": vm.vm,

@@ -340,7 +340,7 @@ def _shutdowns(judgement: Judgement) -> Iterator[str]:
     if not own.empty:
         yield "Shutdowns that no request made"
         known = guests(judgement.vms)
-        clock = Clock(judgement.meta["clock"])
+        clock = Clock.of(judgement.meta)
         table = [
             [guest_of(row, known).name, str(row["vcpu"]), clock.when(row["time_ns"]), str(row["source"])]
             for row in records(own.head(MOST_ROWS))

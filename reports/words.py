@@ -9,7 +9,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tracer.meta import Clock as Pair
+    from tracer.meta import Meta
 
 #: Text reports stay strictly under 80 columns.
 WIDTH = 79
@@ -181,14 +187,25 @@ def _long(ns: int, *, up: bool = False) -> str:
 
 
 class Clock:
-    """Turns CLOCK_MONOTONIC of a recording into UTC, by the pair of clocks that it carries."""
+    """Turns CLOCK_MONOTONIC into UTC, by a pair of clocks, and by those that were read after a step of one of them."""
 
-    def __init__(self, pair: Mapping[str, int]) -> None:
-        self._offset_ns = pair["utc_ns"] - pair["monotonic_ns"]
+    def __init__(self, pair: Pair, later: Sequence[Pair] = ()) -> None:
+        pairs = sorted((pair, *later), key=lambda each: each["monotonic_ns"])
+        self._since_ns = np.array([each["monotonic_ns"] for each in pairs[1:]], "i8")  # the first one holds before, too
+        self._offset_ns = np.array([each["utc_ns"] - each["monotonic_ns"] for each in pairs], "i8")
+
+    @classmethod
+    def of(cls, meta: Meta | Mapping[str, Any]) -> Clock:
+        """Return the clock of a recording."""
+        return cls(meta["clock"], meta.get("clocks", ()))
+
+    def offset_ns(self, monotonic_ns: Any) -> Any:
+        """Return what is added to a moment, or to each of an array of them."""
+        return self._offset_ns[np.searchsorted(self._since_ns, monotonic_ns, side="right")]
 
     def when(self, monotonic_ns: int) -> str:
         """Return a moment as ``2026-11-23 09:41:14.123456``, in UTC."""
-        moment = _EPOCH + timedelta(microseconds=(monotonic_ns + self._offset_ns) // 1_000)
+        moment = _EPOCH + timedelta(microseconds=(monotonic_ns + int(self.offset_ns(monotonic_ns))) // 1_000)
         return moment.isoformat(sep=" ", timespec="microseconds")
 
     def time(self, monotonic_ns: int) -> str:

@@ -14,7 +14,6 @@ import heapq
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -316,7 +315,7 @@ class Engine:
     def drain(self, most: int = 1 << 20) -> npt.NDArray[np.void]:
         """Return the events of everything that was recorded until now, ``most`` at the most."""
         if most and not self._detached:
-            self._read(time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+            self._read(host.monotonic_ns())
         taken, self._ready = self._ready[:most], self._ready[most:]
         return np.array(taken, EVENT)
 
@@ -445,7 +444,7 @@ class Engine:
         try:
             yield
         finally:
-            self._read(time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+            self._read(host.monotonic_ns())
             self.vcpus.asker = 0
 
     @contextmanager

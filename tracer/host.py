@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from probes import guest
 from probes.btf import Btf, MissingField
+
+if TYPE_CHECKING:
+    from tracer.meta import Clock
 
 SYS = Path("/sys")
 TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
@@ -24,6 +27,7 @@ BUILT = "/boot/config-{}"  # how a release was configured, where distributions p
 
 # linux/capability.h: numbers of the capabilities that a tracer needs, if it is not root.
 _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_FIRST_TIME_NAMESPACE = 0xEFFFFFFA  # PROC_TIME_INIT_INO (include/linux/proc_ns.h)
 _FLAVOURS = {"kvm_intel": "Intel VMX", "kvm_amd": "AMD SVM", "kvm_pvm": "PVM"}
 
 
@@ -42,13 +46,32 @@ def boot_id() -> str:
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
-def clock_pair() -> dict[str, int]:
+@cache
+def _monotonic_offset_ns() -> int:
+    """Return what this process's CLOCK_MONOTONIC is ahead of the one that the hooks tell (a time namespace).
+
+    Linux commit af993f58d69e ("time: Posix clocks in a time namespace: monotonic") (in v5.6), time_namespaces(7).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in (PROC / "self/timens_offsets").read_text().splitlines():
+            clock, seconds, ns = line.split()
+            if clock == "monotonic" and (PROC / "self/ns/time").stat().st_ino != _FIRST_TIME_NAMESPACE:
+                return int(seconds) * 1_000_000_000 + int(ns)
+    return 0
+
+
+def monotonic_ns() -> int:
+    """Return CLOCK_MONOTONIC as the hooks tell it, whatever time namespace this process is in."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) - _monotonic_offset_ns()
+
+
+def clock_pair() -> Clock:
     """Return the same moment on CLOCK_MONOTONIC and in UTC, in ns, read as closely together as Python can."""
     best: tuple[int, int, int] | None = None
     for _ in range(5):
-        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        before = monotonic_ns()
         utc = time.clock_gettime_ns(time.CLOCK_REALTIME)
-        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        after = monotonic_ns()
         if best is None or after - before < best[0]:
             best = (after - before, (before + after) // 2, utc)
     assert best is not None

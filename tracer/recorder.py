@@ -30,6 +30,9 @@ _POLL_S = 0.05
 _SEGMENT_S = 1.0  # a segment appears at most twice this after its first event
 _SEGMENT_EVENTS = 2_000_000
 _ASK_TIMES = 3  # a hook can be left out once, where another program is at work on that CPU
+# The two clocks run alike but for what sets one of them; more than it may take to read both.
+_CLOCK_STEP_NS = 1_000_000
+_MOST_CLOCKS = 1000
 _QUEUE = 4  # segments that wait to be written
 
 Batch = npt.NDArray[np.void]
@@ -119,7 +122,7 @@ class Recorder:
             filtered=bool(self.wish.pids),
             ring_bytes=self.wish.ring_bytes,
         )
-        clock = host.clock_pair()
+        self._clocks = [host.clock_pair()]
         kvm = host.kvm()
         taken = first(
             self.wish.engine,
@@ -156,9 +159,9 @@ class Recorder:
                     "requests_table": table.table,
                     "requests_table_exact": table.exact,
                     "pids": list(self.wish.pids),
-                    "started_ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                    "started_ns": host.monotonic_ns(),
                     "ended_ns": None,
-                    "clock": clock,
+                    "clock": self._clocks[0],
                     "plan": self._plan_lines,
                     "untried": heard.untried,
                     "formats": tracefs.formats(exits.EVENTS),
@@ -275,15 +278,23 @@ class Recorder:
     def _cut(self) -> None:
         loss = self.loss()
         self._last_segment = time.monotonic()
+        self._look_at_clocks()
         if self._guests_changed:
             self._writer.update(guests={str(vm): guest.as_json() for vm, guest in self.guests.items()})
             self._guests_changed = False
         if not self._batches and loss == self._last_loss:
             return
         self._last_loss = loss
-        until = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        until = host.monotonic_ns()
         self._segments.put(self._batches or [self._engine.drain(0)], loss, until)
         self._batches, self._held = [], 0
+
+    def _look_at_clocks(self) -> None:
+        now = host.clock_pair()
+        ahead = [clock["utc_ns"] - clock["monotonic_ns"] for clock in (self._clocks[-1], now)]
+        if abs(ahead[1] - ahead[0]) > _CLOCK_STEP_NS:
+            self._clocks = [*self._clocks[:_MOST_CLOCKS], now]
+            self._writer.update(clocks=self._clocks[1:])
 
     def loss(self) -> Loss:
         """Return everything that was lost until now, or until :meth:`stop`."""
@@ -310,7 +321,7 @@ class Recorder:
             if self._segments.error is not None:
                 raise self._segments.error
             self._writer.update(
-                ended_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+                ended_ns=host.monotonic_ns(),
                 counters={name: n - self._of_canary.get(name, 0) for name, n in self._engine.counters().items()},
                 segments=self._writer.segments,
                 guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.schema import EVENT, SCHEMA_VERSION, arrow_schema
+from tracer import meta
 from tracer.errors import BadRecording
 from tracer.loss import Loss
 
@@ -31,17 +33,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _META = "meta.json"
-# What every meta.json has from the beginning, and no report can do without.
-_META_NEEDS = {
-    **dict.fromkeys(("host", "kernel", "engine", "detail"), str),
-    **dict.fromkeys(("requests_by_bit", "clock"), dict),
-    **dict.fromkeys(("requests", "plan"), list),
-    "started_ns": int,
-}
 _SEGMENT = re.compile(r"segment-(\d{6,})\.parquet")
 # Written whole, so that page checksums and the rename decide together whether a segment counts.
 _DELTA = {"time_ns": "DELTA_BINARY_PACKED", "since_ns": "DELTA_BINARY_PACKED", "seq": "DELTA_BINARY_PACKED"}
 _KEY_VERSION, _KEY_LOSS, _KEY_UNTIL = b"kvmreq.schema", b"kvmreq.loss", b"kvmreq.until_ns"
+_KEY_IDENTITY = b"kvmreq.identity"
+_KEYS = (_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL, _KEY_IDENTITY)  # the last one came later than the others
 # Of what the page checksums do not cover: the footer's own words.
 _KEY_SUM = b"kvmreq.crc32"
 # Of so many events every field is filled in before the next ones: a field at a time, each would fetch all memory again.
@@ -82,8 +79,8 @@ def from_arrow(table: pa.Table) -> npt.NDArray[np.void]:
     return records(columns(table))
 
 
-def _checksum(version: str, loss: str, until_ns: str, events: int) -> str:
-    return f"{zlib.crc32(json.dumps([version, loss, until_ns, events]).encode()):08x}"
+def _checksum(*words: str | int) -> str:
+    return f"{zlib.crc32(json.dumps(words).encode()):08x}"
 
 
 def _sync_directory(path: Path) -> None:
@@ -92,6 +89,10 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _damaged(path: Path, error: Exception) -> BadRecording:
+    return BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy")
 
 
 def _reason(error: OSError) -> str:
@@ -107,7 +108,7 @@ class Writer:
 
     def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
         self.path = path
-        self._meta = dict(meta)
+        self._meta = {"identity": uuid.uuid4().hex, **meta}
         self.segments = 0
         self.bytes = 0
         try:
@@ -160,12 +161,9 @@ class Writer:
         import pyarrow.parquet as pq
 
         table = to_arrow(events)
-        words = (str(SCHEMA_VERSION), json.dumps(loss.as_json()), str(until_ns))
+        words = (str(SCHEMA_VERSION), json.dumps(loss.as_json()), str(until_ns), self._meta["identity"])
         table = table.replace_schema_metadata(
-            {
-                **dict(zip((_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL), words, strict=True)),
-                _KEY_SUM: _checksum(*words, len(events)),
-            }
+            {**dict(zip(_KEYS, words, strict=True)), _KEY_SUM: _checksum(*words, len(events))}
         )
         dictionary: Any = [name for name in table.column_names if name not in _DELTA]
 
@@ -220,7 +218,7 @@ class Recording:
     """A recording that is being read. ``left_out`` names each segment that could not be, and why."""
 
     path: Path
-    meta: Mapping[str, Any]
+    meta: meta.Meta
     left_out: list[str] = field(default_factory=list)
 
     @classmethod
@@ -231,7 +229,7 @@ class Recording:
         """
         hint = "name a directory that `kvmreq record` made"
         try:
-            meta = json.loads((path / _META).read_text())
+            parsed = meta.parse((path / _META).read_bytes())
         except FileNotFoundError:
             what = f"{path} is no recording: it has no {_META}" if path.is_dir() else f"no recording at {path}"
             raise BadRecording(what, hint=hint) from None
@@ -240,18 +238,18 @@ class Recording:
         except OSError as error:
             raise BadRecording(f"{path}/{_META} cannot be read: {_reason(error)}", hint="run as its owner") from error
         except (ValueError, RecursionError) as error:
-            raise BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy") from error
-        if not isinstance(meta, dict) or not isinstance(meta.get("schema"), int):
+            raise _damaged(path, error) from error
+        if not isinstance(parsed, dict) or type(parsed.get("schema")) is not int:
             raise BadRecording(f"{path}/{_META} is not kvmreq's: it names no schema", hint=hint)
-        if meta["schema"] > SCHEMA_VERSION:
+        if parsed["schema"] > SCHEMA_VERSION:
             raise BadRecording(
-                f"{path} has schema {meta['schema']}, this kvmreq reads up to {SCHEMA_VERSION}",
+                f"{path} has schema {parsed['schema']}, this kvmreq reads up to {SCHEMA_VERSION}",
                 hint="read it with the kvmreq that made it, or a newer one",
             )
-        missing = [name for name, kind in _META_NEEDS.items() if not isinstance(meta.get(name), kind)]
-        if missing:
-            raise BadRecording(f"{path}/{_META} is damaged: it lacks {missing[0]}", hint="restore it from a copy")
-        return cls(path, meta)
+        try:
+            return cls(path, meta.checked(parsed))
+        except ValueError as error:
+            raise _damaged(path, error) from error
 
     @property
     def clean(self) -> bool:
@@ -292,8 +290,7 @@ class Recording:
         which = f"segment {first} is" if first == last else f"segments {first} to {last} are"
         self.left_out.append(f"{which} missing")
 
-    @staticmethod
-    def _segment(path: Path) -> Segment:
+    def _segment(self, path: Path) -> Segment:
         import pyarrow.parquet as pq
 
         if not path.stat().st_size:
@@ -307,8 +304,11 @@ class Recording:
             if not file.schema_arrow.remove_metadata().equals(arrow_schema().remove_metadata()):
                 raise ValueError("its columns are not those of an event")
             table = file.read()
-        version, lost, until = (metadata[key].decode() for key in (_KEY_VERSION, _KEY_LOSS, _KEY_UNTIL))
-        if metadata[_KEY_SUM].decode() != _checksum(version, lost, until, table.num_rows):
+        words = [metadata[key].decode() for key in _KEYS if key in metadata]
+        if metadata.get(_KEY_SUM, b"").decode() != _checksum(*words, table.num_rows) or len(words) < len(_KEYS) - 1:
             raise ValueError("its footer is damaged")
+        _, lost, until, *identity = words
+        if identity != [self.meta["identity"]] if "identity" in self.meta else identity:
+            raise ValueError("it is of another recording")
         loss = Loss.from_json(json.loads(lost))
         return Segment(path.name, columns(table), loss, int(until))

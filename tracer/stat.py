@@ -269,7 +269,7 @@ class Statistics:
 
         The last one may be shorter: the hooks are taken away before it is read, so that nothing goes uncounted.
         """
-        begin = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        begin = host.monotonic_ns()
         number, due, last = 0, time.monotonic(), False
         while not last:
             due += length_s
@@ -280,7 +280,7 @@ class Statistics:
             if last:
                 self._programs.detach()
             counts, ended = self._read()
-            end = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            end = host.monotonic_ns()
             filtered = bool(self.only.vms or self.only.vcpus)
             wanted, loss = self._wanted(), self._programs.loss()
             yield Reading(begin, end, counts, wanted, ended, filtered, loss, tuple(self._unseen))

@@ -156,7 +156,7 @@ def test_writing_needs_no_pandas(tmp_path: Path) -> None:
 def test_meta_changes_are_whole(recorded: Path) -> None:
     """What was there before stays."""
     meta = json.loads((recorded / "meta.json").read_text())
-    assert meta == {**META, "ended_ns": 9_000_000, "segments": SEGMENTS}
+    assert meta == {**META, "ended_ns": 9_000_000, "segments": SEGMENTS, "identity": meta["identity"]}
     assert Recording.open(recorded).clean
 
 
@@ -358,9 +358,9 @@ def _bad_meta(text: str | bytes) -> Callable[[Path], None]:
         (_bad_meta("[]"), "names no schema"),
         (_bad_meta("{}"), "names no schema"),
         (_bad_meta('{"schema": "1"}'), "names no schema"),
-        (_bad_meta('{"schema": 1}'), "it lacks host"),
-        (_bad_meta(json.dumps({**META, "requests_by_bit": []})), "it lacks requests_by_bit"),
-        (_bad_meta(json.dumps({**META, "started_ns": "x"})), "it lacks started_ns"),
+        (_bad_meta('{"schema": 1}'), "missing required field `host`"),
+        (_bad_meta(json.dumps({**META, "requests_by_bit": []})), r"got `array` - at `\$\.requests_by_bit`"),
+        (_bad_meta(json.dumps({**META, "started_ns": "x"})), r"got `str` - at `\$\.started_ns`"),
         (_bad_meta('{"schema": 999}'), f"has schema 999, this kvmreq reads up to {SCHEMA_VERSION}"),
     ],
 )
