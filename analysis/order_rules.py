@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from analysis import rules
 from analysis.cases import (
     ENTERED,
     ORDER,
@@ -38,7 +39,7 @@ _WAIT = np.uint64(REQUEST_FLAGS["WAIT"])
 @compiled
 def own_event(memory: Memory, wanted: Record, vcpu: Record, event: Event) -> None:
     """Check an own event against the one before it; ``follows``: nothing is missing between them."""
-    follows = vcpu.seen and not vcpu.cut and event.seq == vcpu.seq + 1
+    follows = vcpu.seen and not vcpu.cut and rules.missing_before(vcpu, event) == 0
     if vcpu.staying:
         waited(memory, vcpu, event)
     if event.kind == Kind.GUEST_ENTRY:
@@ -89,7 +90,7 @@ def waited(memory: Memory, vcpu: Record, event: Event) -> None:
     which the numbers of the vCPU's own ones tell, and a hook that did not run.
     """
     vcpu.staying = False
-    if event.seq != vcpu.seq + 1:
+    if rules.missing_before(vcpu, event) != 0:
         memory.now.undecided[WAITED] += 1
     elif event.kind == Kind.GUEST_EXIT and event.time_ns > vcpu.stay_ns:
         if vcpu.stay_begin_ns <= memory.now.dark_ns:

@@ -17,6 +17,7 @@ from probes.schema import (
     KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
     RAN,
+    SEQUENCE,
     VALID_TRIPLE_FAULT,
     Kind,
     Site,
@@ -266,7 +267,11 @@ def given_up(vm: Record, event: Event) -> bool:
 @compiled
 def missing_before(vcpu: Record, event: Event) -> int:
     """How many events of its vCPU are missing before this one; below 0: two threads, whose order is not certain."""
-    return int(event.seq - vcpu.seq - 1)
+    missing = int(event.seq - vcpu.seq - 1)
+    if missing == 0:
+        return 0
+    missing %= SEQUENCE  # the numbers have begun again
+    return missing if missing <= SEQUENCE // 2 else missing - SEQUENCE
 
 
 @compiled

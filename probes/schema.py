@@ -30,6 +30,9 @@ class Field(NamedTuple):
     meaning: str
 
 
+#: After so many events of a vCPU their numbers begin again with 1: at 1 M a second, after 72 minutes.
+SEQUENCE = (1 << 32) - 1
+
 FIELDS = (
     Field("time_ns", "u8", "CLOCK_MONOTONIC at the hook"),
     Field("since_ns", "u8", "CLOCK_MONOTONIC when this vCPU's word was last read before; 0 if it never was"),

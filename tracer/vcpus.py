@@ -23,6 +23,7 @@ from probes.schema import (
     RAN,
     RESTORED_STATE,
     SAVED_STATE,
+    SEQUENCE,
     STATE_BITS,
     STATES,
     VALID_TRIPLE_FAULT,
@@ -221,7 +222,7 @@ class Vcpus:
         self, state: _Vcpu, reading: _Reading, before: tuple[int, int], what: tuple[int, int, int], who: tuple[int, int]
     ) -> None:
         # before: time and word; what: kind, arg, detail; who: thread, CPU
-        state.seq += 1
+        state.seq = state.seq % SEQUENCE + 1
         kind, arg, detail = what
         tid, cpu = who
         since_ns, word = before
@@ -571,7 +572,7 @@ class Vcpus:
         guest.entered = True
 
     def _lose(self, state: _Vcpu, time_ns: int) -> None:
-        state.seq += 1
+        state.seq = state.seq % SEQUENCE + 1
         before = self.lost.get(state.number, VcpuLoss(0, time_ns, time_ns))
         self.lost[state.number] = VcpuLoss(before.count + 1, before.first_ns, time_ns)
 

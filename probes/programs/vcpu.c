@@ -370,10 +370,18 @@ static inline void send_vm(u64 now, u32 pid, u32 kind, u64 arg, u32 detail)
 	lose(0, now);
 }
 
+/* The numbers of a vCPU's events come round: 1 follows the last one, for 0 is none. */
+static inline u32 next_seq(struct vcpu_state *state)
+{
+	if (!++state->seq)
+		state->seq = 1;
+	return state->seq;
+}
+
 /* Put the next event of a vCPU into the ring, or count it as lost. Returns whether the ring had room. */
 static inline int put_next(struct vcpu_state *state, struct reading *reading, u32 kind, u64 arg, u32 detail, u8 flags)
 {
-	struct subject subject = { .vcpu = state->number, .seq = ++state->seq, .pid = state->pid };
+	struct subject subject = { .vcpu = state->number, .seq = next_seq(state), .pid = state->pid };
 
 	if (put_event(&subject, reading, kind, arg, detail, flags))
 		return 1;
@@ -711,7 +719,7 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 
 			count(COUNT_MISSED);
 			if (gap) {
-				gap->seq++;
+				next_seq(gap);
 				lose(gap->number, bpf_ktime_get_ns());
 			}
 		}

@@ -23,6 +23,12 @@ from probes.schema import (
 )
 from tracer.loss import Loss
 
+
+def _rounds(difference: int) -> tuple[int, ...]:
+    """Return what a difference of two sequence numbers may be: they begin again with 1 after 32 bits of them."""
+    return tuple(difference + turn * (2**32 - 1) for turn in (-1, 0, 1))
+
+
 Row: TypeAlias = dict[str, Any]
 
 _RELEASES = [
@@ -228,7 +234,7 @@ class Oracle:
             vcpu = self.vcpus[event.vcpu] = Vcpu(event.vcpu, event.pid)
         if event.kind == Kind.VCPU_NEW:
             vcpu.vm, vcpu.vcpu, vcpu.pid = event.detail, event.arg, event.pid
-        missing = event.seq - vcpu.seq - 1
+        missing = min(_rounds(event.seq - vcpu.seq - 1), key=abs)
         if event.kind == Kind.VCPU_NEW and (missing or not first):
             # It comes late: what it says was so before it, and nobody saw since when.
             event = replace(event, before=event.requests, since_ns=event.time_ns)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.lifecycle import Finished, Lifecycles, gap_story
-from probes.schema import EVENT, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
+from probes.schema import EVENT, PAYLOAD_PENDING, SEQUENCE, VALID_TRIPLE_FAULT, End, Flag, Kind, Site
 from tracer.loss import Loss, VcpuLoss
 
 TF = 1 << 10
@@ -29,7 +29,7 @@ class Tape:
 
     def add(self, kind: int, word: int | None = None, arg: int = 0, detail: int = 0, flags: int = 0) -> Tape:
         word = self.word if word is None else word
-        self.seq += 1
+        self.seq = self.seq % SEQUENCE + 1
         self.now += 10
         self.events.append(
             {
@@ -105,6 +105,31 @@ def test_delivered() -> None:
         "left_guest_ns": -1, "reentered_ns": -1,
     }  # fmt: skip
     assert tape.feed().shutdowns["source"].tolist() == ["request"]
+
+
+def _late() -> Tape:
+    """Return a tape of a vCPU whose next event but two is the last one before its numbers begin again."""
+    tape = Tape()
+    tape.seq = tape.events[0]["seq"] = SEQUENCE - 2
+    return tape
+
+
+@pytest.mark.parametrize("exits", range(5))
+def test_sequence_numbers_come_round(exits: int) -> None:
+    """After 32 bits of them: that is no gap, nor is it another thread's event."""
+    tape = _late().raised()
+    for _ in range(exits):
+        tape.add(Kind.RUN_EXIT, None, 5)
+    assert tape.delivered().one()["end"] == "delivered"
+
+
+def test_a_gap_where_sequence_numbers_come_round_is_one() -> None:
+    """It has as many events as elsewhere."""
+    tape = _late().raised()
+    tape.seq = 3  # instead of SEQUENCE: 1, 2 and 3 and that are missing
+    lifecycles = tape.delivered().feed()
+    (row,) = lifecycles.lifecycles.to_dict("records")
+    assert (row["end"], row["why"].startswith("4 events")) == ("undecided", True), row["why"]
 
 
 def test_shutdown_of_the_hardware() -> None:
