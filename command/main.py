@@ -83,8 +83,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = parse(sys.argv[1:] if words is None else words)
     environment.prepare()
+    arguments = parse(sys.argv[1:] if words is None else words)
     with one_line():
         status: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -6,6 +6,9 @@ hatches and words say it too). Names come from guests, so no text is ever parsed
 
 from __future__ import annotations
 
+import reports.unconfigured  # noqa: F401 - before matplotlib: see there
+
+# isort: split
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
     from numpy.typing import NDArray
+
+    from reports.source import Timeline
 
 # M. Okabe and K. Ito, "Color Universal Design" (2008).
 _ORANGE, _SKY, _GREEN = "#E69F00", "#56B4E9", "#009E73"
@@ -612,17 +617,6 @@ _KICK = "kick"
 _TOLD_KICKS = 24
 # The part of the axis that the words beside a kick take, and their letters.
 _KICK_WORDS, _KICK_LETTERS = 0.22, 32
-
-
-class Timeline(NamedTuple):
-    """A stretch of one vCPU's life: rows of analysis.ordering.timeline, breaks of rules, and where it is cut."""
-
-    title: str  # which vCPU
-    since: str  # when it begins, in words
-    rows: pd.DataFrame  # track, name, begin_ns, end_ns
-    breaks: pd.DataFrame  # rule, request, since_ns, time_ns
-    begin_ns: int
-    end_ns: int
 
 
 def draw_timeline(timeline: Timeline, axes: Axes) -> Axes:

@@ -5,6 +5,9 @@ A figure that has nothing to show is not there. The page and the single files dr
 
 from __future__ import annotations
 
+import reports.unconfigured  # noqa: F401 - before matplotlib: see there
+
+# isort: split
 import io
 import re
 import warnings

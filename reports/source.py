@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,6 @@ import pandas as pd
 from analysis import latency
 from reports import judged
 from reports.document import records
-from reports.figures import Timeline
 from reports.words import Clock, shown
 
 if TYPE_CHECKING:
@@ -33,6 +32,17 @@ MOST_MAPS, LEAST_OF_A_MAP = 3, 30
 PARTS = 60
 # Of the timeline: the part of its length that is shown before and after what it is about, and at least, in ns.
 _MARGIN, _LEAST_MARGIN_NS = 0.3, 2_000
+
+
+class Timeline(NamedTuple):
+    """A stretch of one vCPU's life: rows of analysis.ordering.timeline, breaks of rules, and where it is cut."""
+
+    title: str  # which vCPU
+    since: str  # when it begins, in words
+    rows: pd.DataFrame  # track, name, begin_ns, end_ns
+    breaks: pd.DataFrame  # rule, request, since_ns, time_ns
+    begin_ns: int
+    end_ns: int
 
 
 class Source:

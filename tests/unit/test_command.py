@@ -147,6 +147,11 @@ def test_recording_and_the_lab_never_need_pandas() -> None:
     assert not imported("command.main", *modules) & {"pandas", "numba", "matplotlib"}
 
 
+def test_what_is_written_in_words_needs_nothing_to_draw() -> None:
+    """Figures are for those who ask for them."""
+    assert not imported("reports.text", "reports.document", "reports.table", "reports.source") & {"matplotlib"}
+
+
 def test_a_command_gets_the_environment_that_was_given() -> None:
     """Not what this process sets for itself before numpy is imported."""
     code = """

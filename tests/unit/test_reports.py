@@ -38,7 +38,7 @@ from analysis.words import PLACES, SOURCES
 from command.main import main
 from probes.schema import EVENT, SCHEMA_VERSION, Kind
 from reports import advice, document, figures, html, judged, pictures, table, text, words
-from reports.source import Source
+from reports.source import Source, Timeline
 from tests.examples import examples
 from tracer.errors import BadRecording
 from tracer.loss import Loss, VcpuLoss
@@ -1059,7 +1059,7 @@ def test_states_say_in_words_what_is_shaded() -> None:
     save(drawn)
 
 
-def timeline(**values: Any) -> figures.Timeline:
+def timeline(**values: Any) -> Timeline:
     """Return a stretch of a vCPU's life with two kicks, and a rule that is broken in it."""
     rows = [
         ("guest", "guest", 0, 40_000),
@@ -1078,7 +1078,7 @@ def timeline(**values: Any) -> figures.Timeline:
         "begin_ns": START_NS,
         "end_ns": START_NS + 65_000,
     }
-    return figures.Timeline("$web$, vCPU 0", "10:00:00 UTC", **(told | values))
+    return Timeline("$web$, vCPU 0", "10:00:00 UTC", **(told | values))
 
 
 def test_a_timeline_has_lanes_kicks_and_breaks() -> None:
