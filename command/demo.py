@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,7 @@ def _traced(name: str, recorder: Recorder) -> str | None:
 
     None: it failed, and has said why.
     """
-    with tempfile.TemporaryFile("w+") as told:
+    with os.fdopen(os.memfd_create("kvmreq"), "w+") as told:
         child = subprocess.Popen(
             [sys.executable, "-m", "lab", "run", name, "--json"],
             stdout=told,

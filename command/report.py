@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from reports.source import Source
 
 
+_OUTPUT = Path("-")
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what it takes."""
     parser.add_argument("recording", nargs="+", type=Path, metavar="DIR", help="a recording")
     parser.add_argument("--format", choices=("text", "json", "csv"), default="text", help="(default: %(default)s)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with figures")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write a self-contained page with figures; -: that to standard output, and nothing else",
+    )
     parser.add_argument(
         "--figures",
         type=Path,
@@ -36,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     from analysis.verdicts import EXIT_LOST, EXIT_NOTHING_LOST, EXIT_UNDECIDED
     from tracer.recording import Recording
 
+    page_alone = arguments.html == _OUTPUT
+    if page_alone and arguments.format != "text":
+        arguments.wrong(f"--html - and --format {arguments.format} cannot both have standard output")
     recordings = [Recording.open(path) for path in arguments.recording]
     sources = []
     progress = Progress()
@@ -43,8 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         progress.show(f"reading {recording.path}")
         sources.append(source(recording, judge(recording)))
     progress.clear()
-    _print(arguments.format, sources)
-    if arguments.html is not None:
+    if page_alone:
+        from reports import html
+
+        sys.stdout.buffer.write(html.content(sources))
+    else:
+        _print(arguments.format, sources)
+    if arguments.html is not None and not page_alone:
         from reports import html
 
         html.write(arguments.html, sources)

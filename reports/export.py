@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from probes.schema import SCHEMA_VERSION, arrow_schema
 from reports.words import Clock
+from tracer import files
 from tracer.errors import CannotExport
 from tracer.loss import Loss
 
@@ -59,47 +59,22 @@ def export(recording: Recording, style: str, out: _Sink) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that gets its name when the block has ended well, and vanishes otherwise.
+    """Yield a file that gets its name when the block has ended well, and vanishes otherwise; see tracer.files.new.
 
     Raises :class:`CannotExport` where there is something of that name already, or the file cannot be written.
     """
-    if os.path.lexists(path):
-        raise _exists(path)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)  # mode 0600
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(descriptor)
-            _name(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with files.new(path) as file:
+            yield file
+    except FileExistsError:
+        raise CannotExport(
+            f"{path} exists already", hint="nothing is written over: name another file with -o"
+        ) from None
     except OSError as error:
         raise CannotExport(
             f"{path} cannot be written: {os.strerror(error.errno) if error.errno else error}",
             hint="nothing was left behind; name a file with -o where there is room and you may write",
         ) from error
-
-
-def _exists(path: Path) -> CannotExport:
-    return CannotExport(f"{path} exists already", hint="nothing is written over: name another file with -o")
-
-
-def _name(temporary: Path, path: Path) -> None:
-    # A link fails where a rename would replace a file that somebody has made meanwhile.
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise _exists(path) from None
-    except PermissionError:  # a file system without links
-        temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _write_parquet(recording: Recording, out: Any) -> None:

@@ -18,10 +18,10 @@ from analysis.verdicts import ENDS
 from reports import judged, pictures, text
 from reports.advice import findings, survives
 from reports.document import records
-from reports.files import replace
 from reports.source import MOST_ROWS
 from reports.words import Clock, duration, interval, plural, shown
 from tracer.errors import BadRecording
+from tracer.files import replace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,14 +36,18 @@ _XLINK = "{http://www.w3.org/1999/xlink}href"
 
 def write(path: Path, sources: Sequence[Source]) -> None:
     """Write the page about some recordings, whole or not at all."""
-    content = page(sources).encode("utf-8", errors="backslashreplace")
     try:
-        replace(path, content)
+        replace(path, content(sources))
     except OSError as error:
         raise BadRecording(
             f"the report {path} cannot be written: {error.strerror}",
             hint="name a file in a directory that you can write to",
         ) from error
+
+
+def content(sources: Sequence[Source]) -> bytes:
+    """Return the page as it is in a file."""
+    return page(sources).encode("utf-8", errors="backslashreplace")
 
 
 def page(sources: Sequence[Source]) -> str:

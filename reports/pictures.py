@@ -22,9 +22,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from reports import figures
-from reports.files import replace
 from reports.words import plural, shown
 from tracer.errors import BadRecording
+from tracer.files import replace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

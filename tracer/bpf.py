@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Self
@@ -59,7 +58,7 @@ class _ProgInfo(ctypes.Structure):
 @contextmanager
 def _stderr_kept() -> Iterator[Callable[[], str]]:
     """Keep what BCC, clang and libbpf print while they work; the yielded function returns it."""
-    with tempfile.TemporaryFile() as kept:
+    with os.fdopen(os.memfd_create("kvmreq"), "w+b") as kept:
         saved = os.dup(2)
         os.dup2(kept.fileno(), 2)
 

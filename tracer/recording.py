@@ -27,6 +27,7 @@ import numpy.typing as npt
 from probes.schema import EVENT, SCHEMA_VERSION, arrow_schema
 from tracer import meta
 from tracer.errors import BadRecording
+from tracer.files import sync_directory
 from tracer.loss import Loss
 
 if TYPE_CHECKING:
@@ -83,14 +84,6 @@ def _checksum(*words: str | int) -> str:
     return f"{zlib.crc32(json.dumps(words).encode()):08x}"
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _damaged(path: Path, error: Exception) -> BadRecording:
     return BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy")
 
@@ -145,7 +138,7 @@ class Writer:
             finally:
                 os.close(descriptor)
             temporary.rename(self.path / name)
-            _sync_directory(self.path)
+            sync_directory(self.path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
