@@ -15,16 +15,16 @@ from analysis.events import Array, Batch
 from analysis.passes import Pass
 
 #: Columns: ``vm``: the number of the recording; ``pid``; ``triple_fault_cap``: is 218 on, or unknown; ``vcpus``: how
-#: many were seen; ``first_ns``: CLOCK_MONOTONIC of the first sight.
-VMS = {"vm": "u4", "pid": "u4", "triple_fault_cap": "boolean", "vcpus": "i8", "first_ns": "i8"}
+#: many were seen; ``alive``: one of them has not ended; ``first_ns``: CLOCK_MONOTONIC of the first sight.
+VMS = {"vm": "u4", "pid": "u4", "triple_fault_cap": "boolean", "vcpus": "i8", "alive": "bool", "first_ns": "i8"}
 
 
 def vm_table(vms: Array) -> pd.DataFrame:
     """Return one row for each VM (columns.VM), in the order in which they were seen."""
     on: Any = pd.array([None if cap < 0 else cap > 0 for cap in vms["cap"].tolist()], "boolean")
-    columns = {"vm": vms["number"], "pid": vms["pid"], "triple_fault_cap": on}
+    columns = {"vm": vms["number"], "pid": vms["pid"], "triple_fault_cap": on, "alive": vms["alive"] > 0}
     columns |= {name: vms[name] for name in ("vcpus", "first_ns")}
-    return pd.DataFrame(columns).astype(VMS)
+    return pd.DataFrame(columns)[[*VMS]].astype(VMS)
 
 
 class Exposure:

@@ -87,6 +87,7 @@ def _members(judgement: Judgement) -> dict[str, Any]:
                 "vmm": row["vmm"],
                 "triple_fault_cap": row["triple_fault_cap"],
                 "vcpus": row["vcpus"],
+                "alive": row["alive"],
                 "first_ns": row["first_ns"],
             }
             for row in records(judgement.vms)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from reports.source import Source
 
-# Guests in the table of exposure; those that would lose a shutdown come first.
+# Rows of the table of verdicts that are seen at once.
+_FIRST_ROWS = 20
+# Guests in the table of exposure.
 _MOST_GUESTS = 50
 
 _XLINK = "{http://www.w3.org/1999/xlink}href"
@@ -62,7 +64,9 @@ def page(sources: Sequence[Source]) -> str:
     parts = [_part(source, f"r{number}") for number, source in enumerate(sources, start=1)]
     order = ("bad", "unsure", "good")
     return environment.get_template("report.html.j2").render(
-        parts=sorted(parts, key=lambda part: order.index(part["headline"].tone)), plural=plural
+        parts=sorted(parts, key=lambda part: order.index(part["headline"].tone)),
+        plural=plural,
+        first_rows=_FIRST_ROWS,
     )
 
 
@@ -72,7 +76,7 @@ def page(sources: Sequence[Source]) -> str:
 # Everything about one recording; `prefix` keeps the ids of several apart.
 def _part(source: Source, prefix: str) -> dict[str, Any]:
     judgement, guests, clock = source.judgement, source.guests, source.clock
-    exposure = pictures.exposed(source)
+    exposure = judged.exposure(source.guests)
     own = judged.other_shutdowns(judgement)
     saves, more_saves = judged.blind_saves(judgement, guests, MOST_ROWS)
     return {

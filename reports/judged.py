@@ -78,6 +78,7 @@ class Guest(NamedTuple):
     vmm: str
     cap: bool | None
     vcpus: int
+    alive: bool = True
 
 
 def headline(judgement: Judgement) -> Headline:
@@ -193,9 +194,35 @@ def guests(vms: pd.DataFrame) -> dict[int, Guest]:
             vmm(row["vmm"]),
             row["triple_fault_cap"],
             row["vcpus"],
+            row["alive"],
         )
         for row, name in zip(rows, names, strict=True)
     }
+
+
+def exposure(known: Mapping[int, Guest]) -> list[Guest]:
+    """Return the guests that run, those first that would lose a pending shutdown; then those that ended, by VMM.
+
+    Of several that ended the name says how many they are, and the process is 0.
+    """
+    running = [each for each in known.values() if each.alive]
+    gone: dict[tuple[str, bool | None], list[Guest]] = {}
+    for each in known.values():
+        if not each.alive:
+            gone.setdefault((each.vmm, each.cap), []).append(each)
+    ended = map(_together, gone.values())
+    return [each for some in (running, ended) for each in sorted(some, key=_would_lose_first)]
+
+
+def _would_lose_first(one: Guest) -> tuple[bool, bool]:
+    return one.cap is not False, one.cap is not None
+
+
+def _together(ended: Sequence[Guest]) -> Guest:
+    if len(ended) == 1:
+        return ended[0]
+    name = f"{len(ended):,} guests that ended"
+    return ended[0]._replace(name=name, pid=0, vcpus=sum(each.vcpus for each in ended))
 
 
 def guest_of(row: Mapping[str, Any], known: Mapping[int, Guest]) -> Guest:

@@ -22,6 +22,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from reports import figures
+from reports.judged import exposure
 from reports.words import plural, shown
 from tracer.errors import BadRecording
 from tracer.files import replace
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from reports.source import Source
 
-# Guests in the figure of exposure; those that would lose a shutdown come first.
+# Guests in the figure of exposure.
 _MOST_BARS = 16
 _LANE_INCHES, _MARGIN_INCHES = 0.46, 1.1
 # Of a PNG: sharp on paper half a page wide.
@@ -91,13 +92,14 @@ def pictures(source: Source) -> Iterator[Picture]:
             "What one vCPU did, which requests were pending meanwhile, and who kicked it; the table below says the "
             "same.",
         )
-    guests = exposed(source)
+    guests = exposure(source.guests)
     if guests:
         yield Picture(
             "exposure",
             partial(figures.draw_exposure, guests[:_MOST_BARS]),
             0.24 * min(len(guests), _MOST_BARS) + 0.7,
-            "vCPUs of each guest, by what a save would do to a pending shutdown; the table below says the same.",
+            "vCPUs of each guest that runs, and of those that ended, by what a save would do to a pending shutdown; "
+            "the table below says the same.",
         )
     counts = losses(source)
     if counts:
@@ -107,11 +109,6 @@ def pictures(source: Source) -> Iterator[Picture]:
             0.3 * len(counts) + 0.7,
             "What the tracer could not record, by cause; the list below says the same.",
         )
-
-
-def exposed(source: Source) -> list[Any]:
-    """Return the guests, those that would lose a pending shutdown first."""
-    return sorted(source.guests.values(), key=lambda guest: (guest.cap is not False, guest.cap is not None))
 
 
 def losses(source: Source) -> dict[str, int]:

@@ -17,6 +17,7 @@ from reports.judged import (
     Guest,
     blind_saves,
     dropped,
+    exposure,
     guest_of,
     guests,
     headline,
@@ -356,7 +357,7 @@ def _shutdowns(judgement: Judgement) -> Iterator[str]:
 def _exposure(vms: pd.DataFrame) -> Iterator[str]:
     if vms.empty:
         return
-    known = sorted(guests(vms).values(), key=lambda each: (each.cap is not False, each.cap is not None))
+    known = exposure(guests(vms))
     layout = [
         Column("guest", least=8),
         Column("pid", right=True),
@@ -365,7 +366,8 @@ def _exposure(vms: pd.DataFrame) -> Iterator[str]:
         Column("a pending shutdown"),
     ]
     table = [
-        [each.name, str(each.pid), each.vmm or "-", short(each.vcpus), survives(each)] for each in known[:MOST_ROWS]
+        [each.name, str(each.pid or "-"), each.vmm or "-", short(each.vcpus), survives(each)]
+        for each in known[:MOST_ROWS]
     ]
     yield "Exposure"
     yield from columns(layout, table)

@@ -92,6 +92,7 @@ VM = {
     "vmm": "object",
     "triple_fault_cap": "boolean",
     "vcpus": "int64",
+    "alive": "bool",
     "first_ns": "int64",
 }
 SHUTDOWN = {
@@ -227,6 +228,7 @@ def vm(
         "vmm": vmm,
         "triple_fault_cap": cap,
         "vcpus": vcpus,
+        "alive": True,
         "first_ns": START_NS,
     }
 
