@@ -21,27 +21,40 @@ def directory(prefix: str) -> Path:
     return Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+#: The event ring, in MiB: BCC sizes maps in 32 bits, signed.
+RING_MIB, MOST_RING_MIB = 32, 1024
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
-def power_of_two(text: str) -> int:
-    """A power of two."""
-    value = int(text)
-    if value < 1 or value & (value - 1):
-        raise argparse.ArgumentTypeError(f"{text} is not a power of two")
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def ring(text: str) -> int:
+    """A size of the event ring."""
+    value = int(text) if text.isascii() and text.isdecimal() else 0
+    if not 0 < value <= MOST_RING_MIB or value & (value - 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 1 to {MOST_RING_MIB}")
     return value
 
 
 def seconds(text: str) -> float:
     """A time, of any length but none and for ever."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than 0")
     return value
 
 

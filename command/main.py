@@ -24,7 +24,8 @@ VERBS = (
 
 _DESCRIPTION = "Proves on a live KVM host which vCPU requests were lost, above all pending shutdowns of guests."
 _EXAMPLES = ("kvmreq doctor", "kvmreq record -o monday -- sleep 60", "kvmreq report monday")
-_STATUS = "exit status: 0 nothing lost, 1 error, 2 usage, 3 something was lost, 4 something is undecided"
+_STATUS = "exit status: 0 done, 1 error, 2 usage"
+_JUDGES = "exit status: 0 nothing lost, 1 error, 2 usage, 3 something was lost, 4 something is undecided"
 
 
 class _Version(argparse.Action):
@@ -36,8 +37,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _examples(lines: Sequence[str]) -> str:
-    return "examples:\n" + "\n".join(f"  {line}" for line in lines) + f"\n\n{_STATUS}"
+def _examples(lines: Sequence[str], *, judges: bool) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines) + f"\n\n{_JUDGES if judges else _STATUS}"
 
 
 def verb(name: str) -> Verb:
@@ -49,7 +50,9 @@ def verb(name: str) -> Verb:
 def parser(names: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     """Return the parser of the command line, or of those that begin with one of some verbs."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser("kvmreq", description=_DESCRIPTION, formatter_class=raw, epilog=_examples(_EXAMPLES))
+    top = argparse.ArgumentParser(
+        "kvmreq", description=_DESCRIPTION, formatter_class=raw, epilog=_examples(_EXAMPLES, judges=True)
+    )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = top.add_subparsers(required=True, metavar="VERB")
     for name in names:
@@ -60,7 +63,7 @@ def parser(names: Sequence[str] = VERBS) -> argparse.ArgumentParser:
             help=words,
             description=words,
             formatter_class=raw,
-            epilog=_examples(one.examples),
+            epilog=_examples(one.examples, judges=one.judges),
             allow_abbrev=False,
         )
         made.set_defaults(run=one.run, wrong=made.error)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command.arguments import directory, engine, positive, power_of_two, seconds
+from command.arguments import MOST_RING_MIB, RING_MIB, directory, engine, positive, ring, seconds
 from command.child import check_command, end_command, start_command
 from command.notes import Progress, note
 from command.stop import Stop
@@ -45,14 +45,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="boundary",
         help="full: every ioctl boundary, guest entry, guest exit, wake-up and kick (default: %(default)s)",
     )
-    parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
+    parser.add_argument(
+        "--duration", type=seconds, metavar="S", help="end after so many seconds (default: at Ctrl-C, or with COMMAND)"
+    )
     parser.add_argument(
         "-p", "--pid", type=positive, action="append", default=[], help="trace only this VMM; repeatable"
     )
     parser.add_argument("--follow", action="store_true", help="print each lifecycle within a second of its end")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of --follow (default: %(default)s)")
     parser.add_argument(
-        "--ring", type=power_of_two, default=32, metavar="MIB", help="size of the event ring (default: %(default)s)"
+        "--ring",
+        type=ring,
+        default=RING_MIB,
+        metavar="MIB",
+        help=f"size of the event ring, a power of two up to {MOST_RING_MIB} (default: %(default)s)",
     )
     parser.add_argument(
         "command", nargs="*", metavar="COMMAND", help="record while this runs; all VMs of the host are traced"
@@ -61,6 +67,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trace this host into a recording."""
+    if arguments.format != "text" and not arguments.follow:
+        arguments.wrong(f"--format {arguments.format} is of what --follow prints: add --follow")
     stop = Stop()
     command = arguments.command
     check_command(command)

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     page_alone = arguments.html == _OUTPUT
     if page_alone and arguments.format != "text":
         arguments.wrong(f"--html - and --format {arguments.format} cannot both have standard output")
+    if arguments.figures == _OUTPUT:
+        arguments.wrong("--figures are several files: name a directory, ./- if that is its name")
     recordings = [Recording.open(path) for path in arguments.recording]
     sources = []
     progress = Progress()
@@ -96,4 +98,5 @@ VERB = Verb(
         "kvmreq report DIR --figures figures     # figures/latency.png, figures/latency.svg, ...",
         "kvmreq report DIR --format json | jq .summary",
     ),
+    judges=True,
 )

@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from command.arguments import engine, positive, seconds
+from command.arguments import engine, natural, positive, seconds
 from command.child import check_command, end_command, start_command
 from command.failure import EXIT_ERROR
 from command.notes import note
 from command.stop import Stop
 from command.verb import Verb
 from reports.stat_help import HELP
+
+_INTERVAL_S = 1
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only this VM, by its number in the output",
     )
-    parser.add_argument("--vcpu", type=int, action="append", default=[], metavar="ID", help="only vCPUs with this id")
+    parser.add_argument(
+        "--vcpu", type=natural, action="append", default=[], metavar="ID", help="only vCPUs with this id"
+    )
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="S", help="show every S seconds (default: 1)")
     parser.add_argument("--count", type=positive, metavar="N", help="end after so many intervals")
     parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
@@ -52,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.recording is not None:
         if arguments.command:
             arguments.wrong("it takes a recording or a command, not both")
+        of_live = {"interval": None, "count": None, "duration": None, "engine": "auto"}
+        useless = [f"--{name}" for name, usual in of_live.items() if getattr(arguments, name) != usual]
+        if useless:
+            arguments.wrong(f"{' and '.join(useless)}: a recording is counted as a whole, by what recorded it")
         return _of_recording(arguments)
 
     from analysis.stat import Tally
@@ -79,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         child = start_command(command)
         stack.callback(lambda: end_command(child, stop))
         over = partial(_over, stop, child, arguments.pid, arguments.duration, time.monotonic())
-        for reading in live.readings(arguments.interval, over, arguments.count):
+        for reading in live.readings(arguments.interval or _INTERVAL_S, over, arguments.count):
             begins.append(reading.begin_ns)
             counts = tally.feed(reading.counts, reading.ended, reading.vcpus if reading.filtered else None)
             rest = (words.vms(reading.vcpus.values()), reading.loss, reading.unseen, tally.total)

@@ -12,10 +12,11 @@ class Verb(NamedTuple):
 
     ``arguments`` adds what it takes to its parser; the one that ``run`` is given also has ``wrong``, which ends the
     command as wrong usage. ``examples`` are lines that its help ends with. ``dashes``: what comes after ``--`` is a
-    COMMAND, apart from all other words, and in ``arguments.command``.
+    COMMAND, apart from all other words, and in ``arguments.command``. ``judges``: its exit status tells what was lost.
     """
 
     run: Callable[[argparse.Namespace], int]
     arguments: Callable[[argparse.ArgumentParser], None]
     examples: tuple[str, ...]
     dashes: bool = False
+    judges: bool = False

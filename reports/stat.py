@@ -125,6 +125,11 @@ def of_recording(recording: Recording, pids: Sequence[int], only_vms: Sequence[i
     names = {event: parse(formats.get(event, "")) for event in EVENTS}
     isa = next((number for flavour, number in _ISA.items() if flavour in str(meta.get("kvm_module"))), 0)
     told, found, last = table.of_recording(recording, isa, pids=pids, vms=only_vms, vcpus=vcpus)
+    if not found and (pids or only_vms or vcpus):
+        raise BadRecording(
+            f"nothing in {recording.path} is what was asked for: no vCPU of such a process, VM and id",
+            hint="kvmreq stat DIR without a filter shows what there is",
+        )
     lines = [] if formats else ["names of reasons: this recording does not hold them"]
     if not told.events[Kind.GUEST]:
         lines.append("exits from the guest: this recording has no kvm_exit and kvm_entry")

@@ -92,7 +92,7 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if len(words) < 2:
         examples = said[said.index("\nexamples:\n") :].splitlines()[2:-2]
         assert all(line.startswith("  kvmreq ") for line in examples)
-        assert said.splitlines()[-1].startswith("exit status: 0 nothing lost")
+        assert said.splitlines()[-1].startswith("exit status: 0 ")
 
 
 def test_the_help_of_all_lists_every_verb_in_its_order() -> None:
@@ -186,10 +186,14 @@ def test_usage_of_a_verb_is_told_by_the_verb(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["record", "-p", "0"], "0 is not a positive number"),
-        (["record", "--duration", "nan"], "nan is not a positive number of seconds"),
-        (["stat", "--interval", "0"], "0 is not a positive number of seconds"),
-        (["record", "--ring", "3"], "3 is not a power of two"),
+        (["record", "-p", "0"], "'0' is not a whole number from 1 on"),
+        (["record", "--duration", "nan"], "'nan' is not a number of seconds, more than 0"),
+        (["stat", "--interval", "0"], "'0' is not a number of seconds, more than 0"),
+        (["record", "--duration", "soon"], "'soon' is not a number of seconds, more than 0"),
+        (["record", "--ring", "3"], "'3' is not a power of two from 1 to 1024"),
+        (["record", "--ring", "2048"], "'2048' is not a power of two from 1 to 1024"),
+        (["record", "--ring", "²"], "'²' is not a power of two from 1 to 1024"),
+        (["stat", "--vcpu", "-1"], "'-1' is not a whole number from 0 on"),
         (["lab", "run", "lost", "--vms", "x"], "'x'"),
     ],
 )
@@ -199,6 +203,38 @@ def test_arguments_of_a_wrong_kind(words: list[str], says: str, capsys: pytest.C
         parse(words)
     assert end.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["record", "--format", "json"], "--format json is of what --follow prints: add --follow"),
+        (["stat", "DIR", "--count", "3", "--engine", "kprobe"], "--count and --engine: a recording is counted as a"),
+        (["report", "DIR", "--figures", "-"], "--figures are several files: name a directory"),
+        (
+            ["report", "DIR", "--html", "-", "--format", "csv"],
+            "--html - and --format csv cannot both have standard output",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that was asked for is left out in silence."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_names_the_exit_statuses_that_the_verb_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a judgement has those of what was lost."""
+    with pytest.raises(SystemExit) as end:
+        parse([name, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert ("3 something was lost" in told) is (name == "report")
 
 
 def test_a_result_has_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:

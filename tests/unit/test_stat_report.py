@@ -160,11 +160,19 @@ def test_a_recording_says_if_its_names_are_another_release_s(tmp_path: Path, exa
     assert any("Linux 6.8" in line for line in words.of_recording(found, [], [], [])["unseen"]) != exact
 
 
-@pytest.mark.parametrize("wanted", [([4712], [], []), ([], [2], []), ([], [], [1])])
+@pytest.mark.parametrize("wanted", [([4712], [], []), ([], [2], []), ([], [], [1]), ([4711], [1], [1])])
+def test_a_filter_that_matches_nothing_is_said(tmp_path: Path, wanted: tuple[list[int], list[int], list[int]]) -> None:
+    """By process, VM and vCPU: an empty table would look like a guest that does nothing."""
+    found = recording(tmp_path / "r", "full")
+    with pytest.raises(BadRecording, match="is what was asked for"):
+        words.of_recording(found, *wanted)
+
+
+@pytest.mark.parametrize("wanted", [([4711], [], []), ([], [1], []), ([], [], [0]), ([4711], [1], [0])])
 def test_a_recording_can_be_narrowed(tmp_path: Path, wanted: tuple[list[int], list[int], list[int]]) -> None:
-    """By process, VM and vCPU: of another one there is nothing."""
-    one = words.of_recording(recording(tmp_path / "r", "full"), *wanted)
-    assert (one["user_exits"], one["vms"]) == ([], [])
+    """To what there is."""
+    found = recording(tmp_path / "r", "full")
+    assert words.of_recording(found, *wanted) == words.of_recording(found, [], [], [])
 
 
 def test_a_recording_of_another_detail_is_refused(tmp_path: Path) -> None:
