@@ -26,6 +26,9 @@ class _Segment(Protocol):
     @property
     def loss(self) -> Loss: ...
 
+    @property
+    def until_ns(self) -> int: ...
+
 
 class Source(Protocol):
     """What is judged: a recording, or anything that yields its segments."""
@@ -55,6 +58,7 @@ class Judgement:
     events: int
     left_out: list[str]
     clean: bool
+    until_ns: int  # where the last segment ends, else where it began: unless it is clean, nobody knows what came then
     meta: Mapping[str, Any]
     ordering: Ordered
 
@@ -80,11 +84,23 @@ class Judgement:
         return self.events > 0 or self.meta.get("untried") is None
 
     @property
+    def unaccounted(self) -> int:
+        """Return how many events the hooks produced that no segment has, and no loss tells."""
+        produced = (self.meta.get("counters") or {}).get("produced", 0)
+        loss = self.loss
+        return max(0, int(produced) - self.events - loss.ring_full - loss.kicks - loss.not_written)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether everything that happened is in it."""
+        return self.clean and self.vouched and not (self.loss.total or self.left_out or self.unaccounted)
+
+    @property
     def exit_status(self) -> int:
         """Return the exit status that a report of this gives."""
         if "lost" in self.summary or self.copies_without or self.dropped:
             return verdicts.EXIT_LOST
-        if "undecided" in self.summary or self.loss.total or self.left_out or not self.vouched:
+        if "undecided" in self.summary or not self.whole:
             return verdicts.EXIT_UNDECIDED
         return verdicts.EXIT_NOTHING_LOST
 
@@ -104,7 +120,7 @@ def judge(recording: Source) -> Judgement:
         exposure=True,
     )
     copies = Saves(names)
-    loss, events = _walk_over(recording, walk, findings, copies)
+    loss, events, until_ns = _walk_over(recording, walk, findings, copies)
     vms = vm_table(walk.vms())
     walk.finish(loss)
     copies.add(walk.copies())
@@ -124,26 +140,27 @@ def judge(recording: Source) -> Judgement:
         events=events,
         left_out=list(recording.left_out),
         clean=recording.clean,
+        until_ns=until_ns,
         meta=meta,
         ordering=findings.ordered(walk.now),
     )
 
 
-def _walk_over(recording: Source, walk: Pass, findings: Findings, copies: Saves) -> tuple[Loss, int]:
-    """Feed every segment; return the losses, and how many events there were. The last segment is not kept."""
-    loss, events = Loss(), 0
+def _walk_over(recording: Source, walk: Pass, findings: Findings, copies: Saves) -> tuple[Loss, int, int]:
+    """Feed every segment; return the losses, how many events there were, and until when. The last is not kept."""
+    loss, events, until_ns = Loss(), 0, int(recording.meta["started_ns"])
     for segment in recording.segments():
         if segment is None:
             walk.interrupt()
             continue
         # Hooks that were missed in this segment concern what was pending in it, and nothing later.
         blind = segment.loss.blind > loss.blind
-        loss = segment.loss
+        loss, until_ns = segment.loss, segment.until_ns
         events += len(segment.columns["kind"])
         findings.dark(walk.now, segment.columns, loss)
         walk.feed(segment.columns, blind=blind, loss=loss)
         copies.add(walk.copies())
-    return loss, events
+    return loss, events, until_ns
 
 
 def _named(vms: pd.DataFrame, guests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -76,6 +76,8 @@ def _members(judgement: Judgement) -> dict[str, Any]:
             **{key: judgement.meta.get(key) for key in _RECORDING},
             "events": int(judgement.events),
             "clean": bool(judgement.clean),
+            "until_ns": int(judgement.until_ns),
+            "unaccounted": int(judgement.unaccounted),
             "left_out": list(judgement.left_out),
         },
         "loss": {**judgement.loss.as_json(), "total": judgement.loss.total},

@@ -82,7 +82,18 @@ class Guest(NamedTuple):
 
 
 def headline(judgement: Judgement) -> Headline:
-    """Return the verdict on a recording."""
+    """Return the verdict on a recording, and until when it reaches if nobody knows what came then."""
+    text, tone = _verdict(judgement)
+    if judgement.clean:
+        return Headline(text, tone)
+    return Headline(f"{text}: the recording breaks off at {_reach(judgement)}", tone)
+
+
+def _reach(judgement: Judgement) -> str:
+    return f"{Clock.of(judgement.meta).when(judgement.until_ns)[:19]} UTC"
+
+
+def _verdict(judgement: Judgement) -> Headline:
     lifecycles = judgement.lifecycles
     lost = lifecycles["end"] == "lost"
     undecided = lifecycles["end"] == "undecided"
@@ -423,7 +434,9 @@ def recording_facts(judgement: Judgement) -> Sequence[Fact]:
         Fact("began", f"{clock.when(meta['started_ns'])} UTC"),
         Fact(
             "ended",
-            f"{clock.when(ended_ns)} UTC" if ended_ns is not None else "not known: the recorder was killed",
+            f"{clock.when(ended_ns)} UTC"
+            if ended_ns is not None
+            else f"not known: it breaks off at {_reach(judgement)}",
         ),
         Fact("events", f"{judgement.events:,}"),
     ]
@@ -457,8 +470,12 @@ def losses(judgement: Judgement) -> Sequence[Fact]:
     lost += [Fact("left out", shown(str(reason))) for reason in judgement.left_out]
     if not judgement.vouched:
         lost.append(Fact("not tried", "nothing was seen, and nothing shows that the hooks would have seen it"))
+    if judgement.unaccounted:
+        meaning = "events that the hooks produced are neither in it nor counted as lost"
+        lost.append(Fact("not there", f"{judgement.unaccounted:,} {meaning}"))
     if not judgement.clean:
-        lost.append(Fact("killed", "the recorder did not end by itself: what came after its last segment is not known"))
+        what = "the recorder did not end by itself, or it is at work: what came later is not known"
+        lost.append(Fact("no end", f"it breaks off at {_reach(judgement)}; {what}"))
     return lost
 
 

@@ -33,7 +33,7 @@ from tracer.engines import choices, first, open_engine
 from tracer.recorder import Recorder, Wish
 from tracer.recording import Recording
 
-from .session import ADDRESS, CHECKOUT, COMMAND, PATIENCE_S, Record, ends, lab, recording, report, run, wait_until
+from .session import ADDRESS, CHECKOUT, COMMAND, PATIENCE_S, Record, Vmm, ends, lab, recording, report, run, wait_until
 
 REASONS = {scenario.name: reason for scenario, reason in runnable()}
 pytestmark = [
@@ -189,6 +189,18 @@ def test_kill_9_costs_at_most_the_open_interval(tmp_path: Path) -> None:
     assert row["end"] == "lost"
 
 
+def test_kill_9_is_never_an_all_clear(tmp_path: Path) -> None:
+    """What was lost after the last segment is in none: the report says until when it reaches, with status 4."""
+    path = tmp_path / "r"
+    with Vmm() as vmm:
+        record = Record(path, "-p", str(vmm.pid))
+        record.await_live()
+        record.finish(signal.SIGKILL)
+        done = run("report", path)
+    assert done.returncode == 4
+    assert "the recording breaks off at" in " ".join(done.stdout.split())
+
+
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     """Before it is live, while a segment is written: the recording opens, or there is none yet. One line if so."""
     chance = random.Random(23)
@@ -220,7 +232,7 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
 # --- told to end --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     """With everything that happened until then, and status 0."""
     record = Record(tmp_path / "r")
@@ -234,7 +246,7 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path, number: signal.Signals) -> Non
     assert ends(document, process.pid) == {"lost": 1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_command_too(tmp_path: Path, number: signal.Signals) -> None:
     """And is no failure of it."""
     record = Record(tmp_path / "r", "--", "sleep", "600")

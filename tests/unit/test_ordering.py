@@ -546,13 +546,14 @@ class Recorded:
             "requests_flags": {name: sorted(of) for name, of in FLAGS.items()},
             "plan": PLAN,
             "detail": detail,
+            "started_ns": 0,
         }
         self.parts = parts
         self.left_out: list[str] = []
 
     def segments(self) -> Iterator[Any]:
         for part in self.parts:
-            yield None if part is None else SimpleNamespace(columns=batch(part), loss=Loss())
+            yield None if part is None else SimpleNamespace(columns=batch(part), loss=Loss(), until_ns=1)
 
 
 def test_a_judged_recording_says_how_the_rules_were_kept() -> None:

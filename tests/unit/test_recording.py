@@ -289,6 +289,22 @@ def test_an_empty_recording_without_a_canary_is_no_all_clear(
     assert judge(Recording.open(writer.path)).exit_status == status
 
 
+@pytest.mark.parametrize(
+    ("produced", "ended_ns", "unaccounted", "status"),
+    [(23, 9_000_000, 0, 0), (31, 9_000_000, 8, 4), (23, None, 0, 4)],
+)
+def test_what_was_produced_is_in_it_or_it_is_no_all_clear(
+    tmp_path: Path, produced: int, ended_ns: int | None, unaccounted: int, status: int
+) -> None:
+    """Nor is a recording without an end: what came after its last segment, nobody knows."""
+    writer = Writer(tmp_path / "recording", META)
+    writer.segment(events_of(1), Loss(), 1_999_999)
+    writer.update(ended_ns=ended_ns, segments=writer.segments, counters={"produced": produced})
+    judgement = judge(Recording.open(writer.path))
+    assert (judgement.unaccounted, judgement.exit_status) == (unaccounted, status)
+    assert judgement.until_ns == 1_999_999
+
+
 def test_vcpus_that_did_not_answer_are_a_loss(tmp_path: Path) -> None:
     """No verdict hangs on them, for they are in none."""
     loss = Loss(unanswered=3)

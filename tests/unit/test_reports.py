@@ -165,6 +165,8 @@ class Judged:
     left_out: list[str] = field(default_factory=list)
     vouched: bool = True
     clean: bool = True
+    until_ns: int = START_NS + 1_000_000_000
+    unaccounted: int = 0
     meta: Mapping[str, Any] = field(default_factory=lambda: META)
     ordering: Ordered = field(default_factory=Ordering({}, {}, (), "boundary").finish)
     saves: pd.DataFrame = field(default_factory=lambda: Saves({}).tables()[0])
@@ -607,6 +609,24 @@ def test_the_headline_says_the_worst(ends: list[str], says: str) -> None:
     """One line, and lost before undecided."""
     found = judgement([lifecycle(number, end) for number, end in enumerate(ends, start=1)])
     assert text.report(source(found)).splitlines()[0] == says
+
+
+def test_a_recording_without_an_end_says_until_when_it_reaches() -> None:
+    """In its first line, whatever that says else: what came then, nobody knows."""
+    broken_off: dict[str, Any] = {"clean": False, "meta": {**META, "ended_ns": None}}
+    reach = f"{words.Clock.of(META).when(START_NS + 1_000_000_000)[:19]} UTC"
+    for rows, says in (((), "nothing seen lost, but not everything was seen"), ([lifecycle(1, "lost")], "LOST")):
+        made = judgement(rows, **broken_off)
+        made.exit_status = made.exit_status or 4
+        told = judged.headline(made)
+        assert says in told.text
+        assert told.text.endswith(f"breaks off at {reach}")
+        assert told.tone != "good"
+
+
+def test_events_that_are_nowhere_are_told() -> None:
+    made = judgement((), unaccounted=8)
+    assert any("8 events" in fact.text for fact in judged.losses(made))
 
 
 def test_an_empty_recording_is_no_all_clear_where_nothing_shows_that_the_hooks_see() -> None:

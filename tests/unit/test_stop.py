@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: they ask for the end, and do no harm once it has come."""
+"""SIGINT, SIGTERM and SIGHUP: they ask for the end, and do no harm once it has come."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ print(stop.wanted, stop.number)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_that_comes_when_all_is_done_changes_nothing(number: signal.Signals) -> None:
     """As when the process that was to be traced ends, and the user stops the recorder in the same moment."""
     done = subprocess.run(
         [sys.executable, "-c", LATE, str(int(number))], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"True {int(number)}\n", "")
+
+
+def test_who_was_told_to_outlive_the_terminal_does() -> None:
+    """By nohup, which ignores SIGHUP: it asks for nothing then, and Ctrl-C still does."""
+    command = f"trap '' HUP; exec {sys.executable} -c \"$1\" {int(signal.SIGHUP)}"
+    done = subprocess.run(["sh", "-c", command, "sh", LATE], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False 0\n", "")
