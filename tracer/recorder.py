@@ -6,6 +6,7 @@ segments, so that a slow disk stops nothing before the queue between them is ful
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ from probes.program import Settings
 from probes.schema import SCHEMA_VERSION, Kind
 from tracer import canary, guests, host, tracefs
 from tracer.engines import Choice, attached, choices, first, open_engine
-from tracer.errors import KvmreqError
+from tracer.errors import BadRecording, KvmreqError
 from tracer.loss import Loss
 from tracer.recording import Writer
 
@@ -66,7 +67,7 @@ def doubts(names: Mapping[int, str], table: requests.Names) -> list[str]:
 
 
 class _SegmentWriter(threading.Thread):
-    """Writes segments one after the other; an error ends it, and is raised by :meth:`check`."""
+    """Writes segments one after the other. Whatever goes wrong is kept as ``error``; who waits for it is woken."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__(name="kvmreq-writer", daemon=True)
@@ -79,22 +80,32 @@ class _SegmentWriter(threading.Thread):
     def run(self) -> None:
         while (item := self._queue.get()) is not None:
             batches, loss, until_ns = item
-            events = sum(map(len, batches))
             if self.error is None:
                 try:
                     self._writer.segment(np.concatenate(batches), loss, until_ns)
                     continue
                 except KvmreqError as error:
                     self.error = error
-            self.not_written += events
+                except BaseException as error:  # of a library, or no memory: nobody else would hear of it
+                    self.error = BadRecording(
+                        f"{self._writer.path} cannot be written: {type(error).__name__}: {error}",
+                        hint="what was written before is whole",
+                    )
+            self.not_written += sum(map(len, batches))
 
     def put(self, batches: list[Batch], loss: Loss, until_ns: int) -> None:
         """Hand over a segment; waits while too many are unwritten."""
-        self._queue.put((batches, loss, until_ns))
+        self._hand_over((batches, loss, until_ns))
+
+    def _hand_over(self, item: tuple[list[Batch], Loss, int] | None) -> None:
+        while self.is_alive():  # nobody takes what is put before one that is not
+            with contextlib.suppress(queue.Full):
+                return self._queue.put(item, timeout=_POLL_S)
+        return None
 
     def finish(self) -> None:
         """Wait until everything is written."""
-        self._queue.put(None)
+        self._hand_over(None)
         self.join()
 
 
@@ -168,19 +179,19 @@ class Recorder:
                     "guests": {},
                 },
             )
+            self._segments = _SegmentWriter(self._writer)
+            self._batches: list[Batch] = []
+            self._held = 0
+            self._last_segment = time.monotonic()
+            self._last_loss = Loss()
+            self._ended: set[int] = set()
+            # A recording is of what others do: it begins where the canary has ended.
+            self._of_canary = {"produced": len(heard.own), "boundaries": self._engine.counters()["boundaries"]}
+            self._keep(heard.others)
+            self._census()
         except BaseException:
             self._engine.close()
             raise
-        self._segments = _SegmentWriter(self._writer)
-        self._batches: list[Batch] = []
-        self._held = 0
-        self._last_segment = time.monotonic()
-        self._last_loss = Loss()
-        self._ended: set[int] = set()
-        # A recording is of what others do: it begins where the canary has ended.
-        self._of_canary = {"produced": len(heard.own), "boundaries": self._engine.counters()["boundaries"]}
-        self._keep(heard.others)
-        self._census()
 
     def _census(self) -> None:
         for pid, descriptors in guests.running().items():

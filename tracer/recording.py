@@ -14,12 +14,12 @@ import re
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,10 @@ def _damaged(path: Path, error: Exception) -> BadRecording:
     return BadRecording(f"{path}/{_META} is damaged: {error}", hint="restore it from a copy")
 
 
+def _owners(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
@@ -124,23 +128,19 @@ class Writer:
         """Change the recording's meta.json."""
         self._meta |= changes
         text = json.dumps(self._meta, indent=1) + "\n"
-        self._write(_META, lambda path: Path(path).write_text(text))
+        self._write(_META, lambda file: file.write(text.encode()))
 
-    def _write(self, name: str, fill: Any) -> None:
+    def _write(self, name: str, fill: Callable[[BinaryIO], object]) -> None:
+        # Who fills it is given an open file: to a library a user's path may be a URI, a home, or no text.
         temporary = self.path / f".{name}.tmp"
         try:
-            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-            os.close(descriptor)
-            fill(temporary)
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with open(temporary, "wb", opener=_owners) as file:  # Path.open takes no opener
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.rename(self.path / name)
             sync_directory(self.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise BadRecording(
                 f"{self.path}/{name} cannot be written: {_reason(error)}",
@@ -148,6 +148,9 @@ class Writer:
                 if full
                 else "what was written before is whole",
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def segment(self, events: npt.NDArray[np.void], loss: Loss, until_ns: int) -> None:
         """Add a segment: all events until ``until_ns`` that no segment before it holds."""
@@ -160,17 +163,17 @@ class Writer:
         )
         dictionary: Any = [name for name in table.column_names if name not in _DELTA]
 
-        def fill(path: Path) -> None:
+        def fill(file: BinaryIO) -> None:
             pq.write_table(
                 table,
-                path,
+                file,
                 compression="zstd",
                 use_dictionary=dictionary,
                 column_encoding=_DELTA,
                 write_page_checksum=True,
                 write_statistics=False,
             )
-            self.bytes += path.stat().st_size
+            self.bytes += file.tell()
 
         self._write(f"segment-{self.segments + 1:06d}.parquet", fill)
         self.segments += 1
@@ -288,7 +291,7 @@ class Recording:
 
         if not path.stat().st_size:
             raise ValueError("the file is empty")
-        with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
             if _KEY_VERSION not in metadata:
                 raise ValueError("not a segment of kvmreq")

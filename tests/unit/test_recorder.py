@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from probes.schema import EVENT
 from tracer import guests, host
-from tracer.recorder import Recorder, Wish
+from tracer.errors import BadRecording
+from tracer.loss import Loss
+from tracer.recorder import Recorder, Wish, _SegmentWriter
 
 
 def test_hooks_are_set_once_when_kvm_and_its_flavour_are_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +35,32 @@ def test_hooks_are_set_once_when_kvm_and_its_flavour_are_loaded_again(monkeypatc
     monkeypatch.setattr(host, "kvm_modules", lambda: {"kvm": 7, "kvm_amd": 9})
     recorder._look_at_modules()
     assert told[1:] == [["kvm_amd"]]
+
+
+@pytest.mark.parametrize("error", [BadRecording("the disk is full"), ValueError("no URI"), MemoryError()])
+def test_a_writer_that_fails_wakes_who_waits_for_it(error: Exception) -> None:
+    """Whatever it fails of: more than the queue holds can be handed over, is counted, and its end is awaited."""
+
+    def segment(*_: object) -> None:
+        raise error
+
+    writer: Any = SimpleNamespace(path=Path("r"), segment=segment)
+    thread = _SegmentWriter(writer)
+    for _ in range(23):
+        thread.put([np.zeros(2, EVENT)], Loss(), 1)
+    thread.finish()
+    assert not thread.is_alive()
+    assert thread.not_written == 46
+    assert isinstance(thread.error, BadRecording)
+    assert str(error) in str(thread.error)
+
+
+def test_one_that_is_dead_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_SegmentWriter, "run", lambda self: None)
+    thread = _SegmentWriter(SimpleNamespace(path=Path("r")))  # type: ignore[arg-type]
+    for _ in range(23):
+        thread.put([np.zeros(2, EVENT)], Loss(), 1)
+    thread.finish()
 
 
 class _Engine:

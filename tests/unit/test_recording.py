@@ -289,6 +289,17 @@ def test_an_empty_recording_without_a_canary_is_no_all_clear(
     assert judge(Recording.open(writer.path)).exit_status == status
 
 
+@pytest.mark.parametrize("name", ["web01:tue", "~", "bad\udcff", "file:x", "s3:", "%41", "a\nb"])
+def test_any_name_of_a_directory_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No library takes it for a URI, a home, or a text that it must be able to encode."""
+    monkeypatch.chdir(tmp_path)
+    writer = Writer(Path(name), META)
+    writer.segment(events_of(1), Loss(), 1)
+    assert writer.bytes == (tmp_path / name / "segment-000001.parquet").stat().st_size
+    assert read(Path(name)) == ([23], [])
+    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [os.fsencode(name)]
+
+
 @pytest.mark.parametrize(
     ("produced", "ended_ns", "unaccounted", "status"),
     [(23, 9_000_000, 0, 0), (31, 9_000_000, 8, 4), (23, None, 0, 4)],
