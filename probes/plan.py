@@ -184,7 +184,14 @@ TRACEPOINT = (
     ),
     _RUN_RETURNED,
     Hook(
-        "a VMM exited",
+        "nobody has the memory of a VMM any more",
+        Via.RAW_TRACEPOINT,
+        "exit_mmap",
+        "on_exit_mmap",
+        "at once, that a VMM ends that shares its memory with another process",
+    ),
+    Hook(
+        "a thread ended, or a VMM with its last one",
         Via.RAW_TRACEPOINT,
         "sched_process_exit",
         "on_process_exit",
@@ -196,7 +203,7 @@ TRACEPOINT = (
         Via.RAW_TRACEPOINT,
         "sched_process_exec",
         "on_process_exec",
-        "a VMM that executes another program: its requests stay open",
+        "when a VMM executes another program",
     ),
     Hook(
         "a vCPU ioctl begins (KVM_SET_VCPU_EVENTS with its payload), or a vCPU's descriptor is closed",

@@ -41,11 +41,15 @@ _FIELDS = (
     ("OFFSET_FD", "fdtable.fd", False),
     ("OFFSET_MAX_FDS", "fdtable.max_fds", False),
     ("OFFSET_UNLOCKED_IOCTL", "file_operations.unlocked_ioctl", False),
-    ("OFFSET_SIGNAL", "task_struct.signal", False),
     ("OFFSET_STACK", "task_struct.stack", False),
     ("OFFSET_STATUS", "task_struct.thread_info.status", True),
-    ("OFFSET_LIVE", "signal_struct.live", False),
     ("OFFSET_DX", "pt_regs.dx", False),
+    # Whose a VM is. An mm's owner is a part of CONFIG_MEMCG.
+    ("OFFSET_KVM_MM", "kvm.mm", False),
+    ("OFFSET_MM", "task_struct.mm", False),
+    ("OFFSET_TGID", "task_struct.tgid", False),
+    ("OFFSET_OWNER", "mm_struct.owner", True),
+    ("OFFSET_USERSPACE_PID", "kvm.userspace_pid", True),
     # Linux commit ed2351174e38 ("KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault") (in v6.0).
     ("OFFSET_TRIPLE_FAULT_EVENT", "kvm.arch.triple_fault_event", True),
     ("OFFSET_SYSTEM_EVENT", "kvm_run.system_event.type", True),
@@ -69,6 +73,15 @@ _FIELDS = (
 # Who is inside an ioctl of a vCPU, which the tracepoint engine alone has to know. With CONFIG_PREEMPT_RT a mutex is an
 # rt_mutex (include/linux/mutex_types.h); the low bits of either's owner are its own.
 _MUTEX_OWNERS = ("kvm_vcpu.mutex.owner", "kvm_vcpu.mutex.rtmutex.owner")
+
+# How that engine knows that a vCPU has ended.
+_ENDS = (
+    ("OFFSET_MM_USERS", "mm_struct.mm_users", False),
+    ("OFFSET_ACTIVE_MM", "task_struct.active_mm", False),
+    ("OFFSET_TASK_FLAGS", "task_struct.flags", False),
+    # Linux commit 90ee6ed776c0 ("fs: port files to file_ref") (in v6.13); before it f_count.
+    ("OFFSET_F_REF", "file.f_ref", True),
+)
 
 # Every type whose size they need where bpf_task_pt_regs() is missing. The stack of a task (THREAD_SIZE) is as large as
 # that for interrupts (IRQ_STACK_SIZE): both are 4 pages, and more under KASAN (arch/x86/include/asm/page_64_types.h).
@@ -109,6 +122,9 @@ def offsets(btf: Btf, engine: str) -> dict[str, int]:
     found = btf.offsets(_FIELDS)
     if engine == "tracepoint":
         found["OFFSET_MUTEX_OWNER"] = btf.offset(next(filter(btf.has, _MUTEX_OWNERS), _MUTEX_OWNERS[0]))
+        found |= btf.offsets(_ENDS)
+        if "OFFSET_F_REF" not in found:
+            found["OFFSET_F_COUNT"] = btf.offset("file.f_count")
     for constant, what in _SIZES:
         if btf.has(what):
             found[constant] = btf.size(what)
@@ -162,6 +178,8 @@ def source(
         "TRACER": str(os.getpid()),
         "HIDDEN": str(int(not symbols.get("kvm_vcpu_ioctl"))),
         "NO_IOCTL": f"{schema.NO_IOCTL:#x}",
+        "LOOK": f"{schema.LOOK:#x}",
+        **({"OWN_ENDS": "1"} if plan.engine == "tracepoint" else {}),
         "CPUS": str(settings.cpus),
         "RING_PAGES": str(settings.ring_bytes // os.sysconf("SC_PAGE_SIZE")),
         "MAX_VCPUS": str(settings.max_vcpus),

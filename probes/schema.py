@@ -192,6 +192,8 @@ PAYLOAD_PENDING = 1 << 16
 KVM_EXIT_SHUTDOWN = 8
 #: _IO(KVMIO, 0xff): no ioctl of a vCPU. KVM refuses it before it looks, for the asking process is not the VM's own.
 NO_IOCTL = 0xAEFF
+#: _IO(KVMIO, 0xfe): an ioctl of nothing, by which the tracer has a vCPU looked at.
+LOOK = 0xAEFE
 KVM_EXIT_SYSTEM_EVENT = 24
 
 

@@ -83,7 +83,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
         *_GUEST,
     ),
     "tracepoint": (
-        *_of(TRACEPOINT, "on_sys_exit", "on_process_exit", "on_process_exec", "on_sys_enter"),
+        *_of(TRACEPOINT, "on_sys_exit", "on_exit_mmap", "on_process_exit", "on_process_exec", "on_sys_enter"),
         _USER_EXIT,
         *_GUEST,
     ),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +22,7 @@ from lab.kvm import LabError
 from probes import program
 from probes.btf import Btf, MissingField
 from probes.plan import Hook, Plan, Via
-from probes.schema import EVENT, NO_IOCTL
+from probes.schema import EVENT, LOOK, NO_IOCTL
 from tracer import fentry, host
 from tracer.errors import CannotTrace
 from tracer.loss import Loss, VcpuLoss
@@ -39,6 +40,14 @@ _COUNTERS = (
     "answered",
     "far_vcpus",
 )
+
+# How long after a look at the vCPUs the next one begins by itself. It never begins before so many times as long has
+# passed as the last one took.
+_LOOK_S = 0.25
+_LOOK_SHARE = 50
+
+_libc = ctypes.CDLL(None)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 
 # BCC runs an optimiser of its own after clang's: one of them is enough, and nobody reads the debug information.
 _CFLAGS = ["-Wno-unused-function", "-g0", "-Xclang", "-disable-llvm-passes"]
@@ -140,6 +149,8 @@ class Engine:
                     ) from error
             undo.pop_all()
         self._seen_losses = -1
+        self._looked_for = -1
+        self._rests_until = self._look_again = 0.0
         self._vcpu_losses: Mapping[int, VcpuLoss] = {}
 
     def attach(self) -> None:
@@ -245,15 +256,9 @@ class Engine:
                 total += info.recursion_misses
         return total
 
-    @contextmanager
-    def asking_for(self, pid: int) -> Iterator[None]:
-        """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
-        census = self._bpf[b"census"]
-        census[ctypes.c_int(0)] = ctypes.c_uint32(pid)
-        try:
-            yield
-        finally:
-            census[ctypes.c_int(0)] = ctypes.c_uint32(0)
+    def asking(self) -> AbstractContextManager[None]:
+        """Meanwhile this process asks vCPUs: the hooks know it by its number."""
+        return nullcontext()
 
     @contextmanager
     def watching(self, pid: int) -> Iterator[None]:
@@ -267,19 +272,27 @@ class Engine:
             if not known:
                 del asked_for[key]
 
-    def descriptors_of(self, pid: int, low: int, high: int) -> None:
-        """Tell the programs between which descriptors the vCPUs of a process lie."""
-        if self.plan.engine == "tracepoint":
-            vmms = self._bpf[b"vmms"]
-            vmms[ctypes.c_uint32(pid)] = vmms.Leaf(low, high)
+    def settle(self) -> None:
+        """Have the tracepoint engine's programs look at the vCPUs that may have ended: KVM does not tell them.
 
-    def sweep(self, ended: set[int]) -> None:
-        """Forget the vCPUs and VMs of processes that have ended: their places are needed."""
-        for name in (b"vcpus", b"vms"):
-            known = self._bpf[name]
-            for address, state in list(known.items()):
-                if state.pid in ended:
-                    del known[address]
+        At all of them, soon after something that may have ended some and now and then besides, for no hook is where
+        a process lets go of a descriptor that it was sent; and never for more than a part of the time.
+        """
+        if self.plan.engine != "tracepoint":
+            return
+        now = time.monotonic()
+        asked = self._bpf[b"looks"][ctypes.c_int(0)].value
+        if now >= (self._look_again if asked == self._looked_for else self._rests_until):
+            self._look()
+            self._looked_for = asked
+
+    def _look(self) -> None:
+        begin = time.monotonic()
+        for vcpu in list(self._bpf[b"vcpus"]):
+            _libc.ioctl(-1, LOOK, vcpu.value)
+        end = time.monotonic()
+        self._rests_until = end + _LOOK_SHARE * (end - begin)
+        self._look_again = end + max(_LOOK_S, _LOOK_SHARE * (end - begin))
 
     def loaded_again(self, modules: Collection[str]) -> None:
         """Set the hooks in these modules anew. Only kprobes let their module go: the others hold it."""
@@ -299,11 +312,13 @@ class Engine:
                     self.plan = self.plan.refusing(hook, _why(error, printed()))
 
     def detach(self) -> None:
-        """Take every hook away. The ring can still be drained.
+        """Take every hook away, when all that has ended is told. The ring can still be drained.
 
         What begins an ioctl goes before what ends one, the last attached first: an end that is gone too early would
         look like one that was missed.
         """
+        if self.plan.engine == "tracepoint":
+            self._look()
         for name in reversed(list(self._bpf.kprobe_fds)):
             self._bpf.detach_kprobe_event(name)
         for name in reversed(list(self._bpf.kfunc_entry_fds)):

@@ -94,6 +94,7 @@ def _own_of_one(engine: Engine, batches: list[Batch], gone: list[int]) -> Batch:
     """Drain into ``batches`` until the canary has ended, and return its events. ``gone``: numbers of earlier ones."""
     end = time.monotonic() + _AWAIT_S
     while True:
+        engine.settle()
         batches.append(engine.drain())
         seen = np.concatenate(batches)
         own: Batch = seen[_mine(seen) & ~np.isin(seen["vcpu"], gone)]

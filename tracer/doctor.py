@@ -112,8 +112,8 @@ def _guests(choice: Choice) -> list[dict[str, Any]]:
         try:
             with open_engine(choice.plan, _settings()) as engine:
                 engine.attach()
-                for pid, descriptors in running.items():
-                    with engine.asking_for(pid):
+                with engine.asking():
+                    for pid, descriptors in running.items():
                         guests.ask(pid, descriptors)
                 events = engine.drain()
         except KvmreqError:

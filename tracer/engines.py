@@ -65,17 +65,14 @@ class Engine(Protocol):
     def loss(self) -> Loss:
         """Return what was lost in the kernel until now."""
 
-    def asking_for(self, pid: int) -> AbstractContextManager[None]:
-        """What this process asks a vCPU meanwhile is told as the story of process ``pid``."""
+    def asking(self) -> AbstractContextManager[None]:
+        """Meanwhile this process asks vCPUs: of each that is seen for it an answer is counted."""
 
     def watching(self, pid: int) -> AbstractContextManager[None]:
         """Meanwhile this process is among those that are traced, whatever the user asked for."""
 
-    def descriptors_of(self, pid: int, low: int, high: int) -> None:
-        """Tell the hooks between which descriptors the vCPUs of a process lie."""
-
-    def sweep(self, ended: set[int]) -> None:
-        """Forget the vCPUs of processes that have ended."""
+    def settle(self) -> None:
+        """Look whether vCPUs have ended that no hook has seen to end."""
 
     def loaded_again(self, modules: Collection[str]) -> None:
         """Set the hooks in these modules anew: they went when the modules were unloaded."""

@@ -434,12 +434,8 @@ class Engine:
     # --- guests ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def asking_for(self, pid: int) -> Iterator[None]:
-        """What this process asks a vCPU meanwhile is told as the story of process ``pid``.
-
-        The probes ask the VM itself whose it is; only who answered is to be known.
-        """
-        del pid
+    def asking(self) -> Iterator[None]:
+        """Meanwhile this process asks vCPUs: of each that is seen for it an answer is counted."""
         self.vcpus.asker = threading.get_native_id()
         try:
             yield
@@ -458,12 +454,8 @@ class Engine:
         finally:
             self.vcpus.pids = asked_for
 
-    def descriptors_of(self, pid: int, low: int, high: int) -> None:
-        """Descriptors mean nothing to this engine: it sees KVM destroy a vCPU."""
-
-    def sweep(self, ended: set[int]) -> None:
-        """Forget the vCPUs of processes that have ended."""
-        self.vcpus.sweep(ended)
+    def settle(self) -> None:
+        """Nothing to do: this engine sees KVM destroy a vCPU."""
 
     def loaded_again(self, modules: Collection[str]) -> None:
         """Set every hook anew: events of a module go with it, and probes do not come back by themselves."""

@@ -184,7 +184,6 @@ class Recorder:
             self._held = 0
             self._last_segment = time.monotonic()
             self._last_loss = Loss()
-            self._ended: set[int] = set()
             # A recording is of what others do: it begins where the canary has ended.
             self._of_canary = {"produced": len(heard.own), "boundaries": self._engine.counters()["boundaries"]}
             self._keep(heard.others)
@@ -197,7 +196,6 @@ class Recorder:
         for pid, descriptors in guests.running().items():
             if self.wish.pids and pid not in self.wish.pids:
                 continue
-            self._engine.descriptors_of(pid, descriptors[0], descriptors[-1])
             missing = self._ask(pid, descriptors)
             if missing:
                 self._unanswered += missing
@@ -210,7 +208,7 @@ class Recorder:
         missing = 0
         for _ in range(_ASK_TIMES):
             before = self._engine.counters()["answered"]
-            with self._engine.asking_for(pid):
+            with self._engine.asking():
                 asked = guests.ask(pid, descriptors)
             missing = asked.refused
             if host.is_root_of_pids():  # else the hooks do not know this process, and who it is that asks
@@ -246,6 +244,7 @@ class Recorder:
             raise self._segments.error
 
     def _take(self) -> None:
+        self._engine.settle()
         batch = self._engine.drain()
         self._keep(batch)
         if self.follower is not None:
@@ -274,12 +273,6 @@ class Recorder:
                 if vm not in self.guests:
                     self.guests[vm] = guests.guest(pid)
                     self._guests_changed = True
-        gone = batch["pid"][batch["kind"] == Kind.VMM_EXIT]
-        if len(gone):
-            self._ended.update(gone.tolist())
-            if len(self._ended) >= 256:
-                self._engine.sweep(self._ended)
-                self._ended.clear()
 
     _guests_changed = False
     _unanswered = 0

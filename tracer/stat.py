@@ -191,8 +191,6 @@ class Statistics:
         self._programs, heard = taken.opened
         self.plan = self._programs.plan
         self.notes = [f"{why}: the {self.plan.engine} engine is used" for why in taken.failed]
-        for pid, descriptors in running.items():
-            self._programs.descriptors_of(pid, descriptors[0], descriptors[-1])
         formats = tracefs.formats(exits.EVENTS)
         self._names = {name: exits.parse(formats.get(name, "")) for name in exits.EVENTS}
         self.names = requests.names(host.release())
@@ -258,8 +256,6 @@ class Statistics:
         over = np.fromiter(ended, "u4")
         self._programs.values.delete(counts.keys[np.isin(counts.keys["vcpu"], over)])
         self._programs.words.delete(counts.vcpus[np.isin(counts.vcpus, over)])
-        gone = {self._vcpus[number].guest.pid for number in ended if number in self._vcpus}
-        self._programs.sweep({pid for pid in gone if not (host.PROC / str(pid)).exists()})
         for number in ended:
             self._vcpus.pop(number, None)
         self._ended -= ended
@@ -275,6 +271,7 @@ class Statistics:
             due += length_s
             while not (last := over()) and (left := due - time.monotonic()) > 0:
                 time.sleep(min(left, _POLL_S))
+                self._programs.settle()
             number += 1
             last = last or number == most
             if last:

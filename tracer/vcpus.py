@@ -212,10 +212,6 @@ class Vcpus:
             return partial(self._request if role == "request" else self._request_end, function)
         return {"entering": self._entering, "left": self._left, "awake": self._awake, "kick": self._kick}[role]
 
-    def sweep(self, ended: set[int]) -> None:
-        """Forget the vCPUs of processes that have ended."""
-        self._vcpus = {address: state for address, state in self._vcpus.items() if state.pid not in ended}
-
     # --- events ---------------------------------------------------------------------------------------------
 
     def _put_event(

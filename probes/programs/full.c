@@ -16,7 +16,7 @@ static inline struct vcpu_state *runs_first(u64 vcpu)
 	struct in_ioctl *in, new = { .vcpu = vcpu, .cmd = KVM_RUN, .last_vcpu = vcpu };
 	struct vcpu_state *state;
 
-	if (!asked_for(bpf_get_current_pid_tgid() >> 32))
+	if (!vcpus.lookup(&vcpu) && !asked_for(bpf_get_current_pid_tgid() >> 32))
 		return NULL;
 	state = state_inside(vcpu);
 	if (!state)

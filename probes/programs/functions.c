@@ -27,6 +27,11 @@ static inline int end_unseen(struct in_ioctl *in)
 	return in->events || in->saved;	/* a kretprobe of KVM_{GET,SET}_VCPU_EVENTS, or of the ioctl itself, did not run */
 }
 
+static inline u32 vmm_pid(u64 kvm)
+{
+	return owner_of(kvm);
+}
+
 static inline struct vcpu_state *state_of(u64 vcpu)
 {
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
@@ -104,7 +109,7 @@ static inline void ioctl_ends(int result)
 	if (!state)
 		return;
 	end_of_ioctl(state, vcpu, in, in->cmd, in->argument, result);
-	leave(state, vcpu, in);
+	leave(state, in);
 }
 
 /* long kvm_arch_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): all but KVM_RUN and registers */

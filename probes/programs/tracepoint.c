@@ -2,26 +2,23 @@
 /*
  * The tracepoint engine: raw system call tracepoints find the vCPU behind the file descriptor of an ioctl.
  *
- * KVM refuses ioctls of every process but the one that created the VM (Documentation/virt/kvm/api.rst, "File
- * descriptors"), so a vCPU has ended once no descriptor of that process leads to it.
+ * KVM refuses ioctls of all but those that have the memory of the process that created the VM: kvm_vcpu_ioctl() compares
+ * kvm->mm with current->mm, and nothing else (virt/kvm/kvm_main.c). So a vCPU has ended once nobody has that memory any
+ * more, or once nothing refers to its struct file. Which tables of descriptors lead there does not matter: descriptors
+ * travel through sockets, pidfd_getfd() and io_uring, and calls that close them fail.
  */
 
 #define __NR_close		3
+#define __NR_munmap		11
 #define __NR_ioctl		16
-#define __NR_dup		32
 #define __NR_dup2		33
-#define __NR_fcntl		72
 #define __NR_dup3		292
 #define __NR_close_range	436
-#define F_DUPFD			0
-#define F_DUPFD_CLOEXEC		1030
-#define CLOSE_RANGE_CLOEXEC	4
+#define PF_EXITING		4	/* task_struct.flags (include/linux/sched.h) */
 #define KVM_CREATE_VM		0xae01
 #define KVM_CREATE_VCPU		0xae41
 #define KVMIO			0xae
 #define TS_COMPAT		2	/* thread_info.status: in a system call of 32-bit code (asm/thread_info.h) */
-#define CHUNK			64
-#define MAX_CHUNKS		16
 
 #ifdef STAT
 static inline void stat_run_on_fd(u32 fd);	/* probes/programs/stat.c: KVM_RUN begins */
@@ -32,10 +29,12 @@ static inline int end_unseen(struct in_ioctl *in)
 	return in->cmd != KVM_ENABLE_CAP;	/* every ioctl that begins is seen to end */
 }
 
-/* A process with vCPUs, and the descriptors between which those lie. */
+/* A process with vCPUs, which is known by its memory. */
 struct vmm_state {
-	u32 low;
-	u32 high;
+	u64 since;		/* when it was first seen: another one may have its memory at the same address, later */
+	u32 pid;		/* what events call it */
+	u16 not_alone;		/* another one has had the same number while this one lived */
+	u16 ended;
 };
 
 struct arguments {			/* struct pt_regs from dx on: arguments 3, 2 and 1, and the number */
@@ -47,12 +46,9 @@ struct opened {				/* of a struct file */
 	u64 private_data;
 };
 
-struct chunk {
-	u64 file[CHUNK];
-};
-
-BPF_PERCPU_ARRAY(chunks, struct chunk, 1);
-BPF_HASH(vmms, u32, struct vmm_state, MAX_VMS);
+BPF_HASH(vmms, u64, struct vmm_state, MAX_VMS);	/* by mm_struct */
+BPF_HASH(mms, u32, u64, MAX_VMS);	/* the latest of them that has this number */
+BPF_ARRAY(looks, u32, 1);	/* counts what may have ended vCPUs: the tracer then has all of them looked at */
 BPF_ARRAY(returns, u32, 1);	/* how many threads are inside system calls whose end matters: on_sys_exit() has work */
 BPF_ARRAY(operations, u64, 2);		/* the file operations of a vCPU and of a VM, once seen */
 #define OF_VCPU	0
@@ -179,12 +175,17 @@ static inline int learn(struct arguments *arguments)
 }
 #endif
 
-static inline u64 behind_fd(u32 fd, u32 what)
+static inline u64 file_of(u32 fd)
 {
 	u32 max = 0;
 	u64 table = descriptors(&max);
 
-	return fd < max ? behind(read_u64(table + 8 * (u64)fd), what) : 0;
+	return fd < max ? read_u64(table + 8 * (u64)fd) : 0;
+}
+
+static inline u64 behind_fd(u32 fd, u32 what)
+{
+	return behind(file_of(fd), what);
 }
 
 static inline u64 vcpu_behind_fd(u32 fd)
@@ -200,33 +201,52 @@ static inline u64 vcpu_behind_fd(u32 fd)
 	return behind_fd(fd, OF_VCPU);
 }
 
-static inline void widen(u32 pid, u32 fd)
+static inline u32 vmm_pid(u64 kvm)
 {
-	struct vmm_state *vmm = vmms.lookup(&pid), new = { .low = fd, .high = fd };
+	u64 mm = read_u64(kvm + OFFSET_KVM_MM);
+	struct vmm_state *vmm = vmms.lookup(&mm);
 
-	new_epoch();
-	if (!vmm) {
-		if (vmms.update(&pid, &new))
+	return vmm && !vmm->ended ? vmm->pid : owner_of(kvm);
+}
+
+/* A vCPU has been met: note how its end will be known. */
+static inline void join_vmm(struct vcpu_state *state, u64 file)
+{
+	u64 mm = read_u64(state->kvm + OFFSET_KVM_MM), *other;
+	struct vmm_state *vmm = vmms.lookup(&mm), *another, new = { .since = bpf_ktime_get_ns(), .pid = state->pid };
+
+	if (!vmm || vmm->ended) {
+		other = mms.lookup(&new.pid);
+		another = other ? vmms.lookup(other) : NULL;
+		if (another)
+			another->not_alone = new.not_alone = 1;	/* its memory has outlived its number */
+		if (mms.update(&new.pid, &mm))
 			count(COUNT_MAP_FULL);
-		return;
+		if (vmm)
+			vmms.update(&mm, &new);
+		else
+			vmms.insert(&mm, &new);
+		vmm = vmms.lookup(&mm);
 	}
-	if (fd < vmm->low)
-		vmm->low = fd;
-	if (fd > vmm->high)
-		vmm->high = fd;
+	if (vmm)
+		state->end.since = vmm->since;
+	else
+		count(COUNT_MAP_FULL);
+	state->end.mm = mm;
+	state->end.file = file;		/* at last: from now on it is looked at */
 }
 
 /* The state of a vCPU; its story begins here where it is seen for the first time. */
 static inline struct vcpu_state *state_behind_fd(u64 vcpu, u32 fd)
 {
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
 
 	if (state)
 		return state;
-	if (pid != TRACER)		/* the tracer's own descriptors end nothing */
-		widen(pid, fd);
-	return begin_vcpu(vcpu, 0);
+	state = begin_vcpu(vcpu, 0);
+	if (state)
+		join_vmm(state, file_of(fd));
+	return state;
 }
 
 #if FULL
@@ -241,31 +261,6 @@ static inline struct vcpu_state *state_inside(u64 vcpu)
 	return state_behind_fd(vcpu, arguments.di);
 }
 #endif
-
-/*
- * Whether another descriptor of this process than fd leads to the same file.
- *
- * Chunks are read at multiples of their length, as tables are allotted (alloc_fdtable() in fs/file.c: a multiple of
- * BITS_PER_LONG). What lies behind a table is another one, with files that were there before, at addresses in use again.
- */
-static inline int duplicated(u64 table, u32 max, u64 file, u32 fd, struct vmm_state *vmm)
-{
-	u32 zero = 0, low = vmm->low & ~(CHUNK - 1), high = vmm->high;
-	struct chunk *chunk = chunks.lookup(&zero);
-
-	if (!chunk || high - low >= CHUNK * MAX_CHUNKS)
-		return 1;		/* too many to look through: the end of the process will tell */
-	for (u32 i = 0; i < MAX_CHUNKS; i++) {
-		if (low + i * CHUNK > high || low + i * CHUNK >= max)
-			break;
-		if (bpf_probe_read_kernel(chunk, sizeof(*chunk), (void *)(table + 8 * (u64)(low + i * CHUNK))))
-			return 1;
-		for (u32 j = 0; j < CHUNK; j++)
-			if (chunk->file[j] == file && low + i * CHUNK + j != fd)
-				return 1;
-	}
-	return 0;
-}
 
 /* What is known of a thread, to be filled where it is new. */
 static inline struct in_ioctl *known_of(u64 thread)
@@ -299,58 +294,202 @@ static inline void returned(struct in_ioctl *in)
 	__sync_fetch_and_add(number, -1);
 }
 
-/*
- * The last descriptor of a vCPU is closed while a task is inside an ioctl of it: that ends first. What the task is inside
- * of is noted, for its descriptor leads nowhere any more, or to another vCPU.
- */
-static inline void end_after_ioctl(struct vcpu_state *state, u64 vcpu, u64 task)
+/* What cannot be proved now, or is not the only one: the tracer has all vCPUs looked at again (tracer/bpf.py). */
+static inline void look_later(void)
 {
-	struct in_ioctl *in = known_of(task);
+	u32 zero = 0, *number = looks.lookup(&zero);
 
+	if (number)
+		__sync_fetch_and_add(number, 1);
+}
+
+/*
+ * Whether something refers to the struct file of a vCPU. Memory that was one is another file's later, or another vCPU's
+ * (SLAB_TYPESAFE_BY_RCU, or RCU alone before): so its content is asked, too.
+ */
+static inline int is_referred_to(u64 file, u64 vcpu)
+{
+	u32 what = OF_VCPU;
+	u64 *known = operations.lookup(&what);
+	struct opened opened = {};
+#ifdef OFFSET_F_REF
+	/*
+	 * FILE_REF_ONEREF is 0, FILE_REF_RELEASED is the lowest value of a file that nobody has (include/linux/file_ref.h).
+	 * Linux commit 90ee6ed776c0 ("fs: port files to file_ref") (in v6.13).
+	 */
+	int referred = read_u64(file + OFFSET_F_REF) < 0xC000000000000000ULL;
+#else
+	int referred = read_u64(file + OFFSET_F_COUNT) != 0;
+#endif
+
+	return referred && known && !read_opened(&opened, file) && opened.f_op == *known && opened.private_data == vcpu;
+}
+
+/*
+ * A system call begins that may end a vCPU, which is alive: note how it is, for its memory may be gone when that has
+ * succeeded. Linux commit 021a160abf62 ("fs: use __fput_sync in close(2)") (in v6.6).
+ */
+static inline void note_before_end(struct vcpu_state *state, u64 vcpu)
+{
+	state->end.ns = bpf_ktime_get_ns();
+	state->end.word = read_u64(vcpu + OFFSET_REQUESTS);
+	state->end.exits = read_u64(vcpu + OFFSET_EXITS);
+	notice_death(state);
+	live_flags(state, vcpu);
 	state->closing = 1;
-	if (!in)
-		return;
-	if (!in->vcpu) {
-		in->cmd = KVM_RUN;
-		in->vcpu = vcpu;
+}
+
+/* Nothing refers to a vCPU any more. Its memory may be anything, so it ends as it was last seen. */
+static inline void end_unreadable(struct vcpu_state *state, u64 vcpu)
+{
+	struct reading reading = {
+		.now = bpf_ktime_get_ns(), .since = state->last_ns, .word = state->word, .before = state->word,
+	};
+	u32 ran = 0;
+
+	if (state->end.ns > state->last_ns) {
+		reading.word = state->end.word;
+		if (state->restored && state->end.exits + 1 != state->restored)
+			ran = RAN;
 	}
+	new_epoch();
+	send(state, &reading, KIND_VCPU_END, END_CLOSED, ran, state->seen);
+	forget_vcpu(state, vcpu);
+}
+
+/* Look whether a vCPU has ended, and tell it. Returns whether it has, or is none. What is not proved is no end. */
+static inline int has_ended(u64 vcpu)
+{
+	struct vcpu_state *state = vcpus.lookup(&vcpu);
+	struct vmm_state *vmm;
+	u64 mm;
+
+	if (!state)
+		return 1;
+	if (!state->end.file)
+		return 0;			/* another CPU is just meeting it */
+	mm = state->end.mm;
+	vmm = vmms.lookup(&mm);
+	if (state->end.since && (!vmm || vmm->since != state->end.since)) {
+		forget_vcpu(state, vcpu);	/* it was told to have ended with its VMM */
+		return 1;
+	}
+	if (!is_referred_to(state->end.file, vcpu)) {
+		end_unreadable(state, vcpu);
+		return 1;
+	}
+	if (read_u32(mm + OFFSET_MM_USERS))
+		return 0;
+	end_vcpu(state, vcpu, END_EXITED);
+	return 1;
+}
+
+/*
+ * The thread that is inside an ioctl of a vCPU, whose descriptor may lead nowhere by its end, or to another one: what it
+ * is inside of is noted, and that it looks whether that was the end.
+ */
+static inline void note_who_is_inside(u64 vcpu)
+{
+	u64 task = read_u64(vcpu + OFFSET_MUTEX_OWNER) & ~7ULL;	/* the low bits are the mutex's own */
+	struct in_ioctl *in = task ? known_of(task) : NULL;
+
+	if (!in || in->vcpu)
+		return;
+	in->cmd = KVM_RUN;
+	in->vcpu = vcpu;
 	await_return(in);
 }
 
-/* A descriptor is about to be closed: its vCPU ends, unless another descriptor leads to it. */
-static inline void close_one(u32 pid, u32 fd)
+/* The current thread is about to close a descriptor. */
+static inline void close_begins(u32 fd)
 {
-	struct vmm_state *vmm = vmms.lookup(&pid);
-	struct vcpu_state *state;
-	u32 max = 0;
-	u64 table, file, vcpu, owner;
+	u64 vcpu = behind_fd(fd, OF_VCPU);
+	struct vcpu_state *state = vcpu ? vcpus.lookup(&vcpu) : NULL;
+	struct in_ioctl *in;
 
-	if (!vmm || fd < vmm->low || fd > vmm->high)
+	if (!state)
 		return;
-	table = descriptors(&max);
-	if (fd >= max)
-		return;
-	file = read_u64(table + 8 * (u64)fd);
-	vcpu = behind(file, OF_VCPU);
-	if (!vcpu)
-		return;
-	state = vcpus.lookup(&vcpu);
-	if (!state || state->pid != pid || duplicated(table, max, file, fd, vmm))
-		return;
+	in = known_of(this_thread());
+	if (!in)
+		return;				/* counted; the tracer looks at all of them now and then */
 	new_epoch();
-	owner = read_u64(vcpu + OFFSET_MUTEX_OWNER);
-	if (owner)
-		end_after_ioctl(state, vcpu, owner & ~7ULL);	/* the low bits are the mutex's own */
-	else
-		end_vcpu(state, vcpu, END_CLOSED);
+	note_before_end(state, vcpu);
+	note_who_is_inside(vcpu);
+	in->closed = vcpu;
+	await_return(in);
 }
 
-/* All vCPUs of a process end. What is kept of them goes when KVM uses their memory again, or the tracer sweeps. */
-static inline void end_vmm(u32 pid, u32 how)
+/* What else may drop the last reference to a vCPU that the current thread has closed: its kvm_run is no longer mapped. */
+static inline void munmap_begins(void)
 {
+	u64 thread = this_thread(), vcpu;
+	struct in_ioctl *in = threads.lookup(&thread);
+	struct vcpu_state *state;
+
+	if (!in || !in->closed)
+		return;
+	vcpu = in->closed;
+	state = vcpus.lookup(&vcpu);
+	if (!state || !state->end.file || !is_referred_to(state->end.file, vcpu))
+		return;
+	note_before_end(state, vcpu);
+	await_return(in);
+}
+
+/* A system call has ended in which the current thread may have ended a vCPU. */
+static inline void look_after(struct in_ioctl *in, u32 number)
+{
+	u64 vcpu = in->closed;
+	struct vcpu_state *state;
+
+	if (number == __NR_close_range)
+		look_later();
+	if (!vcpu)
+		return;
+	if (has_ended(vcpu)) {
+		in->closed = 0;
+		return;
+	}
+	look_later();
+	if (number != __NR_ioctl)
+		return;				/* another thread may be inside an ioctl: it looks, too */
+	in->closed = 0;
+	state = vcpus.lookup(&vcpu);
+	if (state)
+		state->closing = 0;
+}
+
+/*
+ * Nobody has the memory of a VMM any more: all its vCPUs have ended. What is kept of them goes when the tracer has them
+ * looked at, or KVM uses their memory again.
+ */
+static inline void end_vmm(u64 mm, u32 how)
+{
+	struct vmm_state *vmm = vmms.lookup(&mm);
+	u64 *latest;
+	u32 pid;
+
+	if (!vmm)
+		return;
 	new_epoch();
+	look_later();
+	if (vmm->not_alone) {
+		vmm->ended = 1;			/* its number does not tell whose they are: each of them is told */
+		return;
+	}
+	pid = vmm->pid;
 	send_vm(bpf_ktime_get_ns(), pid, KIND_VMM_EXIT, how, 0);
-	vmms.delete(&pid);
+	vmms.delete(&mm);
+	latest = mms.lookup(&pid);
+	if (latest && *latest == mm)
+		mms.delete(&pid);
+}
+
+/* Where the kernel does not tell it: the memory that a task has just given up, if nobody else has it. */
+static inline void given_up(u64 mm, u32 how)
+{
+	if (mm && vmms.lookup(&mm) && !read_u32(mm + OFFSET_MM_USERS))
+		end_vmm(mm, how);
 }
 
 static inline void ioctl_begins(void)
@@ -369,6 +508,10 @@ static inline void ioctl_begins(void)
 		return;
 	}
 #endif
+	if (cmd == LOOK) {
+		has_ended(arguments.dx);	/* the tracer has it looked at; anyone else may, too */
+		return;
+	}
 	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
 	if ((cmd == KVM_RUN && OWN_ONLY) || ((cmd >> 8) & 0xff) != KVMIO || of_32_bit_code())
 		return;
@@ -401,22 +544,20 @@ static inline void ioctl_begins(void)
 
 static inline void vcpu_created(u32 fd)
 {
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
 	u64 vcpu = behind_fd(fd, OF_VCPU);
+	struct vcpu_state *state = vcpu ? created(vcpu) : NULL;
 
-	if (!vcpu)
-		return;
-	created(vcpu);
-	widen(pid, fd);
+	if (state)
+		join_vmm(state, file_of(fd));
 }
 
 /* Raw tracepoint sys_enter (struct pt_regs *regs, long id). */
 int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
-	u32 pid, number = SYSCALL_NUMBER(ctx);
-	struct vmm_state *vmm;
+	u32 number = SYSCALL_NUMBER(ctx);
 	struct in_ioctl *in;
+	u64 mm;
 
 	switch (number) {
 	case __NR_ioctl:
@@ -424,39 +565,33 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	case __NR_close:
 	case __NR_close_range:
-	case __NR_dup:
 	case __NR_dup2:
 	case __NR_dup3:
-	case __NR_fcntl:
+	case __NR_munmap:
 		break;
 	default:
 		return 0;
 	}
-	pid = bpf_get_current_pid_tgid() >> 32;
-	vmm = vmms.lookup(&pid);
-	if (!vmm || of_32_bit_code())
+	mm = this_mm();
+	if (!vmms.lookup(&mm) || of_32_bit_code())
 		return 0;
 	arguments_of_syscall(&arguments);
-	if (number == __NR_close_range) {
-		/* Of a part of them, the end of the process will tell. */
-		if (!(arguments.dx & CLOSE_RANGE_CLOEXEC) && (u32)arguments.di <= vmm->low &&
-		    (u32)arguments.si >= vmm->high)
-			end_vmm(pid, END_CLOSED);
+	switch (number) {
+	case __NR_close:
+		close_begins(arguments.di);
+		return 0;
+	case __NR_munmap:
+		munmap_begins();
+		return 0;
+	case __NR_close_range:
+		in = known_of(this_thread());
+		if (in)
+			await_return(in);
+		return 0;
+	default:
+		close_begins(arguments.si);	/* dup2 closes what its target was, if it succeeds */
 		return 0;
 	}
-	if (number == __NR_close) {
-		close_one(pid, arguments.di);
-		return 0;
-	}
-	if (number == __NR_fcntl && (u32)arguments.si != F_DUPFD && (u32)arguments.si != F_DUPFD_CLOEXEC)
-		return 0;
-	in = known_of(this_thread());
-	if (in)
-		await_return(in);
-	/* dup2 closes what its target was. */
-	if ((number == __NR_dup2 || number == __NR_dup3) && (u32)arguments.si != (u32)arguments.di)
-		close_one(pid, arguments.si);
-	return 0;
 }
 
 static inline void ioctl_returns(struct in_ioctl *in, struct arguments *arguments, int result)
@@ -486,7 +621,9 @@ static inline void ioctl_returns(struct in_ioctl *in, struct arguments *argument
 	if (!state)
 		return;
 	end_of_ioctl(state, of, in, cmd, arguments->dx, result);
-	leave(state, of, in);
+	leave(state, in);
+	if (state->closing)
+		in->closed = of;
 }
 
 /* Raw tracepoint sys_exit (struct pt_regs *regs, long ret). */
@@ -494,7 +631,7 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct arguments arguments = {};
 	int result = SYSCALL_RESULT(ctx);
-	u32 pid, zero = 0, *awaited = returns.lookup(&zero);
+	u32 zero = 0, *awaited = returns.lookup(&zero);
 	struct in_ioctl *in;
 	u64 thread;
 
@@ -506,13 +643,9 @@ int on_sys_exit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	returned(in);
 	arguments_of_syscall(&arguments);
-	if (arguments.orig_ax == __NR_ioctl) {
+	if (arguments.orig_ax == __NR_ioctl)
 		ioctl_returns(in, &arguments, result);
-		return 0;
-	}
-	pid = bpf_get_current_pid_tgid() >> 32;
-	if (result >= 0 && vmms.lookup(&pid) && behind_fd(result, OF_VCPU))
-		widen(pid, result);
+	look_after(in, arguments.orig_ax);
 	return 0;
 }
 
@@ -527,7 +660,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	struct arguments arguments = {};
 	u32 reason = EXIT_REASON(ctx), fd;
 	struct vcpu_state *state;
-	u64 vcpu;
+	u64 vcpu, mm;
 
 	arguments_of_syscall(&arguments);
 	if ((u32)arguments.si != KVM_RUN || arguments.orig_ax != __NR_ioctl)
@@ -535,8 +668,11 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	fd = arguments.di;
 	if (OWN_ONLY && in && !in->vcpu && in->fd == fd && nothing_happened(in, reason, EXIT_ERRNO(ctx)))
 		return 0;
-	if (!asked_for(bpf_get_current_pid_tgid() >> 32))
-		return 0;
+	if (FILTER && !asked_for(bpf_get_current_pid_tgid() >> 32)) {
+		mm = this_mm();
+		if (!vmms.lookup(&mm))
+			return 0;
+	}
 	if (in && in->vcpu) {
 		vcpu = in->vcpu;
 		in->vcpu = 0;
@@ -550,14 +686,28 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	run_returns(state, vcpu, in, reason, EXIT_ERRNO(ctx));
 	in->fd = fd;
+	if (state->closing) {
+		in->closed = vcpu;
+		await_return(in);
+	}
 	return 0;
 }
 
-/* Raw tracepoint sched_process_exit (struct task_struct *task, ...): every thread, still with its descriptors. */
+/* Raw tracepoint exit_mmap (struct mm_struct *mm): nobody has it any more. Its last task may still have descriptors. */
+int on_exit_mmap(struct bpf_raw_tracepoint_args *ctx)
+{
+	int exits = read_u32(this_thread() + OFFSET_TASK_FLAGS) & PF_EXITING;
+
+	end_vmm(ctx->args[0], exits ? END_EXITED : END_EXECED);
+	return 0;
+}
+
+/*
+ * Raw tracepoint sched_process_exit (struct task_struct *task, ...): every thread, still with its descriptors. Kernels
+ * without exit_mmap have let its memory go by then, but for active_mm.
+ */
 int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 signal = read_u64(ctx->args[0] + OFFSET_SIGNAL);
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
 	u64 thread = ctx->args[0];
 	struct in_ioctl *in = threads.lookup(&thread);
 
@@ -565,9 +715,7 @@ int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 		returned(in);
 		threads.delete(&thread);
 	}
-	if (!vmms.lookup(&pid) || read_u32(signal + OFFSET_LIVE))
-		return 0;				/* no VMM, or not its last thread */
-	end_vmm(pid, END_EXITED);
+	given_up(read_u64(thread + OFFSET_ACTIVE_MM), END_EXITED);
 	return 0;
 }
 
@@ -575,8 +723,9 @@ int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 int on_process_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u64 *mm = mms.lookup(&pid);
 
-	if (vmms.lookup(&pid))
-		end_vmm(pid, END_EXECED);
+	if (mm)
+		given_up(*mm, END_EXECED);
 	return 0;
 }

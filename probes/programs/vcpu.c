@@ -48,6 +48,18 @@
 #define WAKEUP_WAITED(ctx)	((u8)(ctx)->args[1])
 #endif
 
+#ifdef OWN_ENDS
+/* What probes/programs/tracepoint.c knows of a vCPU, which nobody tells it the end of. */
+struct end_state {
+	u64 file;		/* its struct file */
+	u64 mm;			/* of its VMM, kvm->mm */
+	u64 since;		/* when that VMM was first seen */
+	u64 ns;			/* when a system call began that may end it: */
+	u64 word;		/* its requests word as it was then, */
+	u64 exits;		/* and how often it had left the guest */
+};
+#endif
+
 #ifdef STAT
 /* What probes/programs/stat.c knows of a vCPU: what it is in the middle of. */
 struct stat_state {
@@ -72,14 +84,17 @@ struct vcpu_state {
 	u32 pid;
 	u8 flags;		/* FLAG_CREATED, FLAG_CAP_EXISTS */
 	u8 seen;		/* the flags of its last event */
-	u8 announced;		/* its VCPU_NEW is in the ring */
-	u8 closing;		/* its last descriptor was closed while a thread was inside an ioctl */
+	u8 announced;		/* its VCPU_NEW is in the ring, or on its way there */
+	u8 closing;		/* a descriptor of it was closed: whoever is inside an ioctl looks whether that was the last */
 	u8 still;		/* FLAG_STILL */
 	u32 read;		/* what user space has read of it, */
 	u32 written;		/* and written, since it last ran */
 	u64 exits;		/* how often it had left the guest by then */
 	u64 restored;		/* the same and 1 more when it was restored; 0: it was not, or its run since was told */
 	u64 fingerprint;	/* of its registers, as user space has read them */
+#ifdef OWN_ENDS
+	struct end_state end;
+#endif
 #if FULL
 	u32 ran;		/* it was seen to enter or leave the guest */
 #endif
@@ -92,7 +107,10 @@ struct vcpu_state {
 struct in_ioctl {
 	u64 vcpu;
 	u64 argument;
-	u64 events;		/* struct kvm_vcpu_events in kernel memory, while KVM fills or reads it */
+	union {
+		u64 events;	/* struct kvm_vcpu_events in kernel memory, while KVM fills or reads it */
+		u64 closed;	/* tracepoint engine: the vCPU of which the thread has closed a descriptor since */
+	};
 	u32 cmd;
 	u32 payload;		/* what user space passed to KVM_SET_VCPU_EVENTS, or, with saved, KVM_GET_VCPU_EVENTS gave */
 	u16 told;		/* the restore was sent already */
@@ -145,7 +163,6 @@ BPF_HASH(filter, u32, u8, 1024);
 BPF_PERCPU_ARRAY(counters, u64, COUNTERS);
 BPF_PERCPU_ARRAY(numbers, u32, 1);
 BPF_ARRAY(epoch, u32, 1);		/* counts vCPUs and descriptors that came or went, and changes of watched bits */
-BPF_ARRAY(census, u32, 1);		/* the process whose vCPUs the tracer is looking up, in the tracer's own name */
 
 /* Not by its own name: for each call of bpf_probe_read_user() BCC looks the kernel's symbols through. */
 static long (*read_user)(void *to, u32 size, const void *from) = (void *)BPF_FUNC_probe_read_user;
@@ -531,6 +548,40 @@ static inline int asked_for(u32 pid)
 	return !FILTER || filter.lookup(&pid);
 }
 
+/* The memory of the process that the current thread is one of. */
+static inline u64 this_mm(void)
+{
+#ifdef BPF_GET_CURRENT_TASK_BTF
+	return *(u64 *)((char *)bpf_get_current_task_btf() + OFFSET_MM);
+#else
+	return read_u64(bpf_get_current_task() + OFFSET_MM);
+#endif
+}
+
+/*
+ * The process that KVM knows a VM to be of: kvm_vcpu_ioctl() refuses all that have not kvm->mm. Not whoever is seen with
+ * a descriptor of it, which may be a broker, a parent or a tracer. The owner of an mm is a part of CONFIG_MEMCG.
+ */
+static inline u32 owner_of(u64 kvm)
+{
+	u64 mm = read_u64(kvm + OFFSET_KVM_MM);
+
+#ifdef OFFSET_OWNER
+	u64 owner = mm ? read_u64(mm + OFFSET_OWNER) : 0;
+
+	if (owner)
+		return read_u32(owner + OFFSET_TGID);
+#endif
+#ifdef OFFSET_USERSPACE_PID
+	if (mm != this_mm())
+		return read_u32(kvm + OFFSET_USERSPACE_PID);	/* of the thread that created it */
+#endif
+	return bpf_get_current_pid_tgid() >> 32;
+}
+
+/* The number of the process that a VM is of, as events tell it. */
+static inline u32 vmm_pid(u64 kvm);
+
 static inline u32 vm_number(u64 kvm, u32 pid)
 {
 	struct vm_state *known = vms.lookup(&kvm), new = { .pid = pid };
@@ -539,10 +590,13 @@ static inline u32 vm_number(u64 kvm, u32 pid)
 	if (known && known->pid == pid && !known->ends)
 		return known->number;
 	new.number = new_number();
-	if (vms.update(&kvm, &new)) {
-		count(COUNT_MAP_FULL);
-		vms_full.update(&zero, &yes);
-	}
+	if (known ? !vms.update(&kvm, &new) : !vms.insert(&kvm, &new))
+		return new.number;
+	known = vms.lookup(&kvm);
+	if (known)
+		return known->number;		/* another CPU has met it at the same time */
+	count(COUNT_MAP_FULL);
+	vms_full.update(&zero, &yes);
 	return new.number;
 }
 
@@ -572,36 +626,35 @@ static inline void forget_vcpu(struct vcpu_state *state, u64 vcpu)
 	vcpus.delete(&vcpu);
 }
 
-/* Begin the story of a vCPU: at its creation, or where it is first seen. */
+/* Begin the story of a vCPU: at its creation, or where it is first seen. Of two CPUs that see it first one does. */
 static inline struct vcpu_state *begin_vcpu(u64 vcpu, u8 flags)
 {
 	struct vcpu_state *state, new = {};
 	struct vm_state *vm;
 	struct reading reading = {};
-	u32 zero = 0, *looked_up = census.lookup(&zero);
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
 
-	if (looked_up && *looked_up && pid == TRACER)
-		pid = *looked_up;		/* the tracer asks on behalf of the vCPU's owner */
-	if (!asked_for(pid))
+	new.kvm = read_u64(vcpu + OFFSET_KVM);
+	new.pid = vmm_pid(new.kvm);
+	if (!asked_for(new.pid))
 		return NULL;			/* not one of the processes that the user asked for */
 	new_epoch();
 	new.number = new_number();
 	if (!new.number)
 		return NULL;
-	new.kvm = read_u64(vcpu + OFFSET_KVM);
-	new.vm = vm_number(new.kvm, pid);
+	new.vm = vm_number(new.kvm, new.pid);
 	new.vcpu_id = read_u32(vcpu + OFFSET_VCPU_ID);
-	new.pid = pid;
+	new.announced = 1;
 	new.flags = flags;
 	new.still = !(flags & FLAG_CREATED);
 	new.exits = read_u64(vcpu + OFFSET_EXITS);
 #ifdef OFFSET_TRIPLE_FAULT_EVENT
 	new.flags |= FLAG_CAP_EXISTS;
 #endif
-	if (vcpus.update(&vcpu, &new)) {
-		count(COUNT_MAP_FULL);		/* this vCPU is not traced: every report says so */
-		return NULL;
+	if (vcpus.insert(&vcpu, &new)) {
+		state = vcpus.lookup(&vcpu);
+		if (!state)
+			count(COUNT_MAP_FULL);	/* this vCPU is not traced: every report says so */
+		return state;
 	}
 	state = vcpus.lookup(&vcpu);
 	if (!state)
@@ -628,7 +681,7 @@ static inline void end_vcpu(struct vcpu_state *state, u64 vcpu, u32 how)
 }
 
 /* KVM created a vCPU: whatever was known at this address is over. */
-static inline void created(u64 vcpu)
+static inline struct vcpu_state *created(u64 vcpu)
 {
 	struct vcpu_state *stale = vcpus.lookup(&vcpu);
 
@@ -641,7 +694,7 @@ static inline void created(u64 vcpu)
 		send(stale, &reading, KIND_VCPU_END, END_REUSED, 0, stale->seen);
 		forget_vcpu(stale, vcpu);
 	}
-	begin_vcpu(vcpu, FLAG_CREATED);
+	return begin_vcpu(vcpu, FLAG_CREATED);
 }
 
 /* struct kvm_vcpu_events, as user space passes it or as KVM holds it, in the form of the event's detail. */
@@ -739,11 +792,9 @@ static inline void enter_ioctl(struct vcpu_state *state, u64 vcpu, u32 fd, u32 c
 	answer(cmd);
 }
 
-static inline void leave(struct vcpu_state *state, u64 vcpu, struct in_ioctl *in)
+static inline void leave(struct vcpu_state *state, struct in_ioctl *in)
 {
 	in->pending = (state->word & WATCHED) != 0;
-	if (state->closing)
-		end_vcpu(state, vcpu, END_CLOSED);
 }
 
 /* Whether KVM cannot read the registers of this vCPU: then it leaves those of kvm_run as they are (store_regs). */
@@ -835,7 +886,7 @@ static inline void end_of_ioctl(struct vcpu_state *state, u64 vcpu, struct in_io
 static inline void cap_set(u64 kvm)
 {
 #ifdef OFFSET_TRIPLE_FAULT_EVENT
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u32 pid = vmm_pid(kvm);
 
 	if (!asked_for(pid))
 		return;
@@ -866,5 +917,5 @@ static inline void run_returns(struct vcpu_state *state, u64 vcpu, struct in_ioc
 	end_of_run(state, vcpu, reason, error);
 	in->last_vcpu = vcpu;
 	in->epoch = current_epoch() - !!state->restored;	/* not left out before the guest has been entered */
-	leave(state, vcpu, in);
+	leave(state, in);
 }

@@ -50,6 +50,9 @@ class _Engine:
         self.watched: list[int] = []
         self.lived = False
 
+    def settle(self) -> None:
+        pass
+
     def drain(self) -> Any:
         return self.batches.pop(0) if self.batches and self.lived else _events()
 
