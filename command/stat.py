@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vcpu", type=natural, action="append", default=[], metavar="ID", help="only vCPUs with this id"
     )
-    parser.add_argument("--interval", type=seconds, default=1.0, metavar="S", help="show every S seconds (default: 1)")
+    parser.add_argument("--interval", type=seconds, metavar="S", help=f"show every S seconds (default: {_INTERVAL_S})")
     parser.add_argument("--count", type=positive, metavar="N", help="end after so many intervals")
     parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
