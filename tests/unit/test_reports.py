@@ -1342,6 +1342,7 @@ def test_the_command_writes_figures_and_says_which(tmp_path: Path, capsys: pytes
     events["since_ns"][1:] = events["time_ns"][:-1]
     events["vcpu"], events["pid"], events["seq"], events["detail"] = 1, 4_001, np.arange(1, len(steps) + 1), 1
     meta = {**META, "schema": SCHEMA_VERSION, "detail": "full", "requests": ["nmi"], "requests_by_bit": {"17": "nmi"}}
+    meta["counters"] = {"boundaries": len(steps), "produced": len(steps)}
     writer = Writer(tmp_path / "r", meta)
     writer.segment(events, Loss(), int(events["time_ns"][-1]))
     writer.update(segments=1)
