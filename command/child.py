@@ -7,13 +7,15 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from command.environment import GIVEN
 from command.stop import Stop
 from tracer.errors import CommandFailed
 
 _PATIENCE_S = 5
+_LOOK_S = 0.01
 
 
 def check_command(command: Sequence[str]) -> None:
@@ -34,13 +36,19 @@ def start_command(command: Sequence[str]) -> subprocess.Popen[bytes] | None:
         ) from error
 
 
-def end_command(child: subprocess.Popen[bytes] | None, stop: Stop) -> None:
-    """When the work is told to end, so is the command; Ctrl-C on a terminal has reached it already."""
+def end_command(
+    child: subprocess.Popen[bytes] | None, stop: Stop, meanwhile: Callable[[], object] = lambda: time.sleep(_LOOK_S)
+) -> bool:
+    """When the work is told to end, so is the command; tell whether it had to be.
+
+    Ctrl-C on a terminal has reached it already. ``meanwhile``: what is done again and again until it has ended.
+    """
     if child is None or child.poll() is not None:
-        return
+        return False
     child.send_signal(stop.number or signal.SIGTERM)
-    try:
-        child.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    end = time.monotonic() + _PATIENCE_S
+    while child.poll() is None:
+        meanwhile()
+        if time.monotonic() > end:
+            child.kill()
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -42,9 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.wrong(f"--to {arguments.to} needs -o FILE")
     recording = Recording.open(arguments.recording)
     if path is None:
-        # Of our own: under PYTHONUNBUFFERED what is behind sys.stdout writes a part and says so to nobody.
-        with os.fdopen(sys.stdout.fileno(), "wb", closefd=False) as out:
-            exports.export(recording, arguments.to, out)
+        exports.export(recording, arguments.to, sys.stdout.buffer)
     else:
         with exports.new_file(path) as file:
             exports.export(recording, arguments.to, file)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from command.notes import note
+from command.notes import beside, note
 from tracer.errors import KvmreqError
+from tracer.files import STANDARD_OUTPUT
 
 EXIT_ERROR = 1
 
@@ -56,7 +57,9 @@ def _told(error: BaseException) -> str:
             return "there is no memory left (give it more, see ulimit -v, or less to do)"
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror or error} (check that it exists and that you may use it)"
+            cut = error.filename == STANDARD_OUTPUT
+            hint = "the result is not whole" if cut else "check that it exists and that you may use it"
+            return f"{where}{error.strerror or error} ({hint})"
     at = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(at[-1].filename).name}:{at[-1].lineno}" if at else ""
     return f"{type(error).__name__}{place}: {error} (this was not foreseen: whoever reports this line helps)"
@@ -64,7 +67,8 @@ def _told(error: BaseException) -> str:
 
 def _fail(text: str) -> NoReturn:
     if text:
-        note(" ".join(text.split()))
+        with beside():
+            note(" ".join(text.split()))
     try:
         sys.stdout.flush()
     except OSError:  # or Python would try it again at its end, and say so

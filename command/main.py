@@ -76,7 +76,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     asked = [name for name in VERBS if name in words[:1]]
     top = parser(asked or VERBS)
     if not any(verb(name).dashes for name in asked):
-        return top.parse_args(words)
+        parsed = top.parse_args(words)
+        if getattr(parsed, "command", [])[:1] == ["--"]:
+            del parsed.command[0]  # all others are the command's own
+        return parsed
     # argparse forgets which side of the dashes a word was on.
     dashes = words.index("--") if "--" in words else len(words)
     arguments = top.parse_args(words[:dashes])
@@ -87,9 +90,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     environment.prepare()
-    arguments = parse(sys.argv[1:] if words is None else words)
     with one_line():
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = parse(sys.argv[1:] if words is None else words)
+            status: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
         return status
     raise AssertionError("unreachable")

@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from command.arguments import MOST_RING_MIB, RING_MIB, directory, engine, positive, ring, seconds
 from command.child import check_command, end_command, start_command
-from command.notes import Progress, note
+from command.notes import Aside, Progress, beside, note
 from command.stop import Stop
 from command.verb import Verb
-from tracer.errors import CommandFailed
+from tracer.errors import CommandFailed, KvmreqError
+from tracer.files import STANDARD_OUTPUT
 
 if TYPE_CHECKING:
     from tracer.recorder import Recorder, Wish
@@ -61,7 +63,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"size of the event ring, a power of two up to {MOST_RING_MIB} (default: %(default)s)",
     )
     parser.add_argument(
-        "command", nargs="*", metavar="COMMAND", help="record while this runs; all VMs of the host are traced"
+        "command",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="record while this runs; all VMs of the host are traced",
     )
 
 
@@ -70,11 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format != "text" and not arguments.follow:
         arguments.wrong(f"--format {arguments.format} is of what --follow prints: add --follow")
     stop = Stop()
-    command = arguments.command
-    check_command(command)
+    check_command(arguments.command)
+    with beside():
+        return _run(arguments, stop)
 
+
+def _run(arguments: argparse.Namespace, stop: Stop) -> int:
     from tracer.recorder import Recorder, watched
 
+    command: list[str] = arguments.command
     path = arguments.output or directory("kvmreq")
     wish = _wish(arguments)
     recorder = Recorder(path, wish)
@@ -85,17 +94,22 @@ def run(arguments: argparse.Namespace) -> int:
     recorder.start()
     child: subprocess.Popen[bytes] | None = None
     finish = None
+    told = False
     try:
         if arguments.follow:
-            recorder.follower, finish = _follower(arguments.format, wish.full, partial(watched, wish))
+            out = Aside(sys.stdout.fileno(), STANDARD_OUTPUT)
+            recorder.follower, finish = _follower(out, arguments.format, wish.full, partial(watched, wish))
         _notes_of(recorder)
         until = "until Ctrl-C" if not command and arguments.duration is None else "live"
         note(f"recording into {path} with the {recorder.plan.engine} engine, {until}")
         child = start_command(command)
         _wait(recorder, child, stop, arguments.duration)
-        end_command(child, stop)
+        told = end_command(child, stop, recorder.poll)
     finally:
-        recorder.stop()
+        try:
+            recorder.stop()
+        finally:
+            end_command(child, stop)
     if finish is not None:
         finish(recorder.loss())
     loss = recorder.loss()
@@ -104,13 +118,23 @@ def run(arguments: argparse.Namespace) -> int:
         + (f", {loss.total} LOST: see kvmreq report" if loss.total else "")
     )
     if child is not None and child.returncode:
-        told = child.returncode
-        if told < 0 and not stop.wanted:
-            raise CommandFailed(
-                f"{command[0]} was killed by {signal.Signals(-told).name}", hint=f"the recording {path} is whole"
-            )
-        note(f"{command[0]} ended with status {told}")
+        _tell_of(child, command[0], path, told=told or stop.wanted)
+    if finish is not None and (missing := out.finish()):
+        raise KvmreqError(missing, hint=f"all of it is in the recording: kvmreq report {path}")
     return 0
+
+
+def _tell_of(child: subprocess.Popen[bytes], name: str, path: Path, *, told: bool) -> None:
+    """Say how a COMMAND has failed; to end when ``told`` to is no failure. Raises CommandFailed if it was killed."""
+    status = child.returncode
+    if status >= 0:
+        note(f"{name} ended with status {status}")
+    elif not told:
+        raise CommandFailed(
+            f"{name} was killed by {signal.Signals(-status).name}", hint=f"what happened until then is in {path}"
+        )
+    elif status == -signal.SIGKILL:
+        note(f"{name} did not end when it was told to, and was killed")
 
 
 def _wish(arguments: argparse.Namespace) -> Wish:
@@ -125,7 +149,9 @@ def _wish(arguments: argparse.Namespace) -> Wish:
     )
 
 
-def _follower(style: str, full: bool, names: Callable[[], dict[int, str]]) -> tuple[Any, Callable[[Any], None]]:
+def _follower(
+    out: Aside, style: str, full: bool, names: Callable[[], dict[int, str]]
+) -> tuple[Any, Callable[[Any], None]]:
     """Return what prints each lifecycle as it ends, and what prints those that are open when the recording ends."""
     from analysis.lifecycle import Lifecycles
     from reports import document, judged, text, words
@@ -134,12 +160,12 @@ def _follower(style: str, full: bool, names: Callable[[], dict[int, str]]) -> tu
     core = Lifecycles(names(), full=full)
     clock = words.Clock(host.clock_pair())
     if style == "text":
-        print(text.live_heading(), flush=True)
+        out.tell(f"{text.live_heading()}\n")
 
     def show(table: Any, guests: Any) -> None:
         for row in document.records(table):
             if style == "json":
-                print(json.dumps(document.one_lifecycle(row)), flush=True)
+                out.tell(f"{json.dumps(document.one_lifecycle(row))}\n")
             else:
                 guest = guests.get(row["vm"])
                 known = judged.Guest(
@@ -149,7 +175,7 @@ def _follower(style: str, full: bool, names: Callable[[], dict[int, str]]) -> tu
                     cap=None,
                     vcpus=0,
                 )
-                print(text.live(row, known, clock), flush=True)
+                out.tell(f"{text.live(row, known, clock)}\n")
 
     last: dict[str, Any] = {"guests": {}, "blind": 0}
 

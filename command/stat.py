@@ -16,10 +16,12 @@ from typing import Any
 from command.arguments import engine, natural, positive, seconds
 from command.child import check_command, end_command, start_command
 from command.failure import EXIT_ERROR
-from command.notes import note
+from command.notes import Aside, beside, note
 from command.stop import Stop
 from command.verb import Verb
 from reports.stat_help import HELP
+from tracer.errors import KvmreqError
+from tracer.files import STANDARD_OUTPUT
 
 _INTERVAL_S = 1
 
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     tally, told, begins = Tally(), {}, []
     child: subprocess.Popen[bytes] | None = None
     with (
+        beside(),
         Statistics(Only(arguments.pid, arguments.vm, arguments.vcpu), arguments.engine) as live,
         contextlib.ExitStack() as stack,
     ):
@@ -83,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         for line in live.notes:
             note(line)
         note(f"counting with the {live.plan.engine} engine{'' if command else ', until Ctrl-C'}")
-        show = _printer(arguments.format, stack)
+        out = Aside(sys.stdout.fileno(), STANDARD_OUTPUT)
+        show = _printer(arguments.format, stack, out)
         child = start_command(command)
         stack.callback(lambda: end_command(child, stop))
         over = partial(_over, stop, child, arguments.pid, arguments.duration, time.monotonic())
@@ -94,21 +98,23 @@ def run(arguments: argparse.Namespace) -> int:
             show(source.told(counts, (reading.begin_ns, reading.end_ns), *rest))
             told = source.told(tally.total, (begins[0], reading.end_ns), *rest)
     if len(begins) > 1 and arguments.format == "text":
-        print(words.text(told, title="in all, until "), end="")
+        out.tell(words.text(told, title="in all, until "))
+    if missing := out.finish():
+        raise KvmreqError(missing, hint="the result is not whole")
     if child is not None and child.returncode:
         note(f"{command[0]} ended with status {child.returncode}")
     return 0
 
 
-def _printer(style: str, stack: contextlib.ExitStack) -> Callable[[dict[str, Any]], None]:
+def _printer(style: str, stack: contextlib.ExitStack, out: Aside) -> Callable[[dict[str, Any]], None]:
     """Return what shows an interval: as JSON, in the place of the last one on a terminal, or below it."""
     from reports import stat as words
 
     if style == "json":
-        return lambda told: print(json.dumps(told), flush=True)
+        return lambda told: out.tell(f"{json.dumps(told)}\n")
     if sys.stdout.isatty():
         return stack.enter_context(words.screen())
-    return lambda told: print(words.text(told), flush=True)
+    return lambda told: out.tell(f"{words.text(told)}\n")
 
 
 def _over(

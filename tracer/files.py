@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
+import select
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # How file systems say that they cannot do something: some of FUSE, of 9p and of vfat.
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+STANDARD_OUTPUT = "standard output"  # as errors name it
+
+
+class Whole(io.RawIOBase):
+    """A descriptor that takes everything it is given, though it may take no more than a part at a time.
+
+    It is another's: closing this leaves it open. A pipe or terminal that does not block is waited for.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self.name = name
+
+    def writable(self) -> bool:
+        """It is only written to."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Tell whether it is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write all of it. Raises :class:`OSError`, with the name of what could not be written to."""
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:
+                ready = select.poll()
+                ready.register(self._descriptor, select.POLLOUT)
+                ready.poll()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.name) from None
+        return length
+
+
+def standard_output() -> BinaryIO:
+    """Return this process's standard output, as bytes."""
+    return io.BufferedWriter(Whole(1, STANDARD_OUTPUT))
 
 
 def sync_directory(path: Path) -> None:
@@ -66,6 +116,8 @@ def new(path: Path) -> Iterator[BinaryIO]:
     Raises :class:`FileExistsError` where there is a file of that name already, :class:`OSError` where it cannot be
     written. What is no file is written into, as by :func:`replace`.
     """
+    import tempfile  # which every command would wait for
+
     there = _there(path)
     into = None if there is None else _into(path, there)
     if into is not None:
@@ -112,7 +164,7 @@ def _into(path: Path, there: os.stat_result) -> contextlib.AbstractContextManage
     with contextlib.suppress(OSError):
         if os.path.samestat(there, os.fstat(1)):
             sys.stdout.flush()
-            return os.fdopen(1, "wb", closefd=False)
+            return standard_output()
     if stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
         return None
     return path.open("wb")

@@ -125,6 +125,9 @@ def test_what_comes_after_the_dashes_is_the_command() -> None:
     assert parse(["stat", "--", "sleep", "--count", "3"]).command == ["sleep", "--count", "3"]
     assert parse(["stat", "DIR"]).command == []
     assert parse(["record", "--", "sleep", "-p", "3"]).command == ["sleep", "-p", "3"]
+    assert parse(["record", "-p", "3", "echo", "--", "hi"]).command == ["echo", "--", "hi"]
+    assert parse(["record", "--", "--", "hi"]).command == ["--", "hi"]
+    assert parse(["record"]).command == []
     assert (parse(["stat", "--count", "3"]).count, parse(["stat", "--", "--count", "3"]).count) == (3, None)
 
 
