@@ -1,4 +1,4 @@
-"""Child processes that run a scenario, with ``python3 -m lab``.
+"""Child processes of the lab: most run a scenario, with ``python3 -m lab``.
 
 Started afresh and not forked: the caller may have threads. A child says READY or HELD where it stands still.
 """
@@ -20,10 +20,10 @@ HELD = "held"  # with --hold: stands still in the middle of its scenario
 
 @contextlib.contextmanager
 def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run ``python3 -m lab ARGUMENTS``; on leaving, the child is gone."""
+    """Run ``python3 ARGUMENTS``, which finds the lab; on leaving, the child is gone."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     with subprocess.Popen(
-        [sys.executable, "-m", "lab", *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -142,7 +142,7 @@ def parallel(names: Sequence[str], repeat: int = 1) -> dict[int, Truth]:
         _find(name)
     with contextlib.ExitStack() as stack:
         options = ("--repeat", str(repeat), "--wait", "--json")
-        children = [stack.enter_context(child("run", name, *options)) for name in names]
+        children = [stack.enter_context(child("-m", "lab", "run", name, *options)) for name in names]
         for process in children:
             wait_for(process, READY)
         for process in children:

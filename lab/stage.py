@@ -506,7 +506,7 @@ class Stage:
     def killed(self, name: str) -> None:
         """Hold another scenario in a process of its own, and kill that process."""
         self.vms += DECLARED[name].vms
-        with child("run", name, "--hold", str(_KILLED_HOLD_S)) as vmm:
+        with child("-m", "lab", "run", name, "--hold", str(_KILLED_HOLD_S)) as vmm:
             self.pids.add(vmm.pid)
             wait_for(vmm, HELD)
             vmm.kill()

@@ -55,7 +55,7 @@ def test_what_is_pending_at_attach_is_raised_by_unknown(tmp_path: Path, vmm: Vmm
 
 def test_an_idle_vmm_is_looked_up_and_then_killed(tmp_path: Path) -> None:
     """It makes no call while it is traced, and yet what was pending is known to be gone."""
-    with child("run", "open", "--hold", "60") as process:
+    with child("-m", "lab", "run", "open", "--hold", "60") as process:
         wait_for(process, HELD)
         with recording(tmp_path / "r"):
             process.kill()

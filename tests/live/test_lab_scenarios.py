@@ -91,7 +91,7 @@ def test_a_held_scenario_stands_still_where_it_is_pending() -> None:
     calls: list[None] = []
     run("open", hold=lambda: calls.append(None))
     assert len(calls) == 1
-    with lab.child.child("run", "open", "--hold", "30") as process:
+    with lab.child.child("-m", "lab", "run", "open", "--hold", "30") as process:
         lab.child.wait_for(process, lab.child.HELD)
         assert process.poll() is None
 
