@@ -77,7 +77,8 @@ _MUTEX_OWNERS = ("kvm_vcpu.mutex.owner", "kvm_vcpu.mutex.rtmutex.owner")
 # How that engine knows that a vCPU has ended.
 _ENDS = (
     ("OFFSET_MM_USERS", "mm_struct.mm_users", False),
-    ("OFFSET_ACTIVE_MM", "task_struct.active_mm", False),
+    # A number that no other mm has: init_new_context() in arch/x86/include/asm/mmu_context.h. Addresses come round.
+    ("OFFSET_CTX_ID", "mm_struct.context.ctx_id", False),
     ("OFFSET_TASK_FLAGS", "task_struct.flags", False),
     # Linux commit 90ee6ed776c0 ("fs: port files to file_ref") (in v6.13); before it f_count.
     ("OFFSET_F_REF", "file.f_ref", True),

@@ -288,8 +288,9 @@ class Engine:
 
     def _look(self) -> None:
         begin = time.monotonic()
-        for vcpu in list(self._bpf[b"vcpus"]):
-            _libc.ioctl(-1, LOOK, vcpu.value)
+        for name in (b"vcpus", b"vmms"):
+            for key in list(self._bpf[name]):
+                _libc.ioctl(-1, LOOK, key.value)
         end = time.monotonic()
         self._rests_until = end + _LOOK_SHARE * (end - begin)
         self._look_again = end + max(_LOOK_S, _LOOK_SHARE * (end - begin))

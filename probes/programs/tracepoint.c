@@ -31,10 +31,9 @@ static inline int end_unseen(struct in_ioctl *in)
 
 /* A process with vCPUs, which is known by its memory. */
 struct vmm_state {
-	u64 since;		/* when it was first seen: another one may have its memory at the same address, later */
+	u64 mm;
 	u32 pid;		/* what events call it */
-	u16 not_alone;		/* another one has had the same number while this one lived */
-	u16 ended;
+	u32 not_alone;		/* another one has had the same number while this one lived */
 };
 
 struct arguments {			/* struct pt_regs from dx on: arguments 3, 2 and 1, and the number */
@@ -46,7 +45,7 @@ struct opened {				/* of a struct file */
 	u64 private_data;
 };
 
-BPF_HASH(vmms, u64, struct vmm_state, MAX_VMS);	/* by mm_struct */
+BPF_HASH(vmms, u64, struct vmm_state, MAX_VMS);	/* by the numbers of their memory, memory_of() */
 BPF_HASH(mms, u32, u64, MAX_VMS);	/* the latest of them that has this number */
 BPF_ARRAY(looks, u32, 1);	/* counts what may have ended vCPUs: the tracer then has all of them looked at */
 BPF_ARRAY(returns, u32, 1);	/* how many threads are inside system calls whose end matters: on_sys_exit() has work */
@@ -201,38 +200,48 @@ static inline u64 vcpu_behind_fd(u32 fd)
 	return behind_fd(fd, OF_VCPU);
 }
 
+/* The number of an mm_struct, which no other one has: addresses come round. */
+static inline u64 memory_of(u64 mm)
+{
+	return mm ? read_u64(mm + OFFSET_CTX_ID) : 0;
+}
+
 static inline u32 vmm_pid(u64 kvm)
 {
-	u64 mm = read_u64(kvm + OFFSET_KVM_MM);
-	struct vmm_state *vmm = vmms.lookup(&mm);
+	u64 memory = memory_of(read_u64(kvm + OFFSET_KVM_MM));
+	struct vmm_state *vmm = vmms.lookup(&memory);
 
-	return vmm && !vmm->ended ? vmm->pid : owner_of(kvm);
+	return vmm ? vmm->pid : owner_of(kvm);
+}
+
+/* Whether the current thread is one of a VMM, or of a process that shares the memory of one. */
+static inline int inside_vmm(void)
+{
+	u64 memory = memory_of(this_mm());
+
+	return vmms.lookup(&memory) != NULL;
 }
 
 /* A vCPU has been met: note how its end will be known. */
 static inline void join_vmm(struct vcpu_state *state, u64 file)
 {
-	u64 mm = read_u64(state->kvm + OFFSET_KVM_MM), *other;
-	struct vmm_state *vmm = vmms.lookup(&mm), *another, new = { .since = bpf_ktime_get_ns(), .pid = state->pid };
+	struct vmm_state new = { .mm = read_u64(state->kvm + OFFSET_KVM_MM), .pid = state->pid }, *another;
+	u64 memory = memory_of(new.mm), *other;
 
-	if (!vmm || vmm->ended) {
+	if (!vmms.lookup(&memory)) {
 		other = mms.lookup(&new.pid);
 		another = other ? vmms.lookup(other) : NULL;
 		if (another)
 			another->not_alone = new.not_alone = 1;	/* its memory has outlived its number */
-		if (mms.update(&new.pid, &mm))
+		if (mms.update(&new.pid, &memory))
 			count(COUNT_MAP_FULL);
-		if (vmm)
-			vmms.update(&mm, &new);
-		else
-			vmms.insert(&mm, &new);
-		vmm = vmms.lookup(&mm);
+		vmms.insert(&memory, &new);
+		if (!vmms.lookup(&memory)) {
+			count(COUNT_MAP_FULL);
+			return;			/* its end will not be known */
+		}
 	}
-	if (vmm)
-		state->end.since = vmm->since;
-	else
-		count(COUNT_MAP_FULL);
-	state->end.mm = mm;
+	state->end.vmm = memory;
 	state->end.file = file;		/* at last: from now on it is looked at */
 }
 
@@ -357,20 +366,26 @@ static inline void end_unreadable(struct vcpu_state *state, u64 vcpu)
 	forget_vcpu(state, vcpu);
 }
 
+/* Whether anybody has this memory. Once nobody has, nobody ever will: only those that have it can pass it on. */
+static inline int has_users(u64 mm, u64 memory)
+{
+	return read_u32(mm + OFFSET_MM_USERS) && memory_of(mm) == memory;
+}
+
 /* Look whether a vCPU has ended, and tell it. Returns whether it has, or is none. What is not proved is no end. */
 static inline int has_ended(u64 vcpu)
 {
 	struct vcpu_state *state = vcpus.lookup(&vcpu);
 	struct vmm_state *vmm;
-	u64 mm;
+	u64 memory;
 
 	if (!state)
 		return 1;
 	if (!state->end.file)
 		return 0;			/* another CPU is just meeting it */
-	mm = state->end.mm;
-	vmm = vmms.lookup(&mm);
-	if (state->end.since && (!vmm || vmm->since != state->end.since)) {
+	memory = state->end.vmm;
+	vmm = vmms.lookup(&memory);
+	if (!vmm) {
 		forget_vcpu(state, vcpu);	/* it was told to have ended with its VMM */
 		return 1;
 	}
@@ -378,7 +393,7 @@ static inline int has_ended(u64 vcpu)
 		end_unreadable(state, vcpu);
 		return 1;
 	}
-	if (read_u32(mm + OFFSET_MM_USERS))
+	if (has_users(vmm->mm, memory))
 		return 0;
 	end_vcpu(state, vcpu, END_EXITED);
 	return 1;
@@ -463,33 +478,44 @@ static inline void look_after(struct in_ioctl *in, u32 number)
  * Nobody has the memory of a VMM any more: all its vCPUs have ended. What is kept of them goes when the tracer has them
  * looked at, or KVM uses their memory again.
  */
-static inline void end_vmm(u64 mm, u32 how)
+static inline void end_vmm(u64 memory, u32 how, int each_is_told)
 {
-	struct vmm_state *vmm = vmms.lookup(&mm);
+	struct vmm_state *vmm = vmms.lookup(&memory);
 	u64 *latest;
 	u32 pid;
 
 	if (!vmm)
 		return;
 	new_epoch();
-	look_later();
-	if (vmm->not_alone) {
-		vmm->ended = 1;			/* its number does not tell whose they are: each of them is told */
-		return;
-	}
+	if (!each_is_told)
+		look_later();
+	if (vmm->not_alone && !each_is_told)
+		return;				/* its number does not tell whose they are: each of them will be told */
 	pid = vmm->pid;
-	send_vm(bpf_ktime_get_ns(), pid, KIND_VMM_EXIT, how, 0);
-	vmms.delete(&mm);
+	if (!vmm->not_alone)
+		send_vm(bpf_ktime_get_ns(), pid, KIND_VMM_EXIT, how, 0);
+	vmms.delete(&memory);
 	latest = mms.lookup(&pid);
-	if (latest && *latest == mm)
+	if (latest && *latest == memory)
 		mms.delete(&pid);
 }
 
-/* Where the kernel does not tell it: the memory that a task has just given up, if nobody else has it. */
-static inline void given_up(u64 mm, u32 how)
+/* Where the kernel did not tell it. */
+static inline void end_unused_vmm(u64 memory, u32 how, int each_is_told)
 {
-	if (mm && vmms.lookup(&mm) && !read_u32(mm + OFFSET_MM_USERS))
-		end_vmm(mm, how);
+	struct vmm_state *vmm = vmms.lookup(&memory);
+
+	if (vmm && !has_users(vmm->mm, memory))
+		end_vmm(memory, how, each_is_told);
+}
+
+/* The tracer has something looked at: a vCPU, or, when all of those have been, a VMM by its memory. */
+static inline void look_at(u64 what)
+{
+	if (vmms.lookup(&what))
+		end_unused_vmm(what, END_EXITED, 1);
+	else
+		has_ended(what);
 }
 
 static inline void ioctl_begins(void)
@@ -509,7 +535,7 @@ static inline void ioctl_begins(void)
 	}
 #endif
 	if (cmd == LOOK) {
-		has_ended(arguments.dx);	/* the tracer has it looked at; anyone else may, too */
+		look_at(arguments.dx);		/* anyone may ask for it: what is told is what is so */
 		return;
 	}
 	/* A request that only the vCPU's own ioctls raise is as it was when the last one ended: nothing to read. */
@@ -557,7 +583,6 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	struct arguments arguments = {};
 	u32 number = SYSCALL_NUMBER(ctx);
 	struct in_ioctl *in;
-	u64 mm;
 
 	switch (number) {
 	case __NR_ioctl:
@@ -572,8 +597,7 @@ int on_sys_enter(struct bpf_raw_tracepoint_args *ctx)
 	default:
 		return 0;
 	}
-	mm = this_mm();
-	if (!vmms.lookup(&mm) || of_32_bit_code())
+	if (!inside_vmm() || of_32_bit_code())
 		return 0;
 	arguments_of_syscall(&arguments);
 	switch (number) {
@@ -660,7 +684,7 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	struct arguments arguments = {};
 	u32 reason = EXIT_REASON(ctx), fd;
 	struct vcpu_state *state;
-	u64 vcpu, mm;
+	u64 vcpu;
 
 	arguments_of_syscall(&arguments);
 	if ((u32)arguments.si != KVM_RUN || arguments.orig_ax != __NR_ioctl)
@@ -668,11 +692,8 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 	fd = arguments.di;
 	if (OWN_ONLY && in && !in->vcpu && in->fd == fd && nothing_happened(in, reason, EXIT_ERRNO(ctx)))
 		return 0;
-	if (FILTER && !asked_for(bpf_get_current_pid_tgid() >> 32)) {
-		mm = this_mm();
-		if (!vmms.lookup(&mm))
-			return 0;
-	}
+	if (!asked_for(bpf_get_current_pid_tgid() >> 32) && !inside_vmm())
+		return 0;
 	if (in && in->vcpu) {
 		vcpu = in->vcpu;
 		in->vcpu = 0;
@@ -698,24 +719,26 @@ int on_exit_mmap(struct bpf_raw_tracepoint_args *ctx)
 {
 	int exits = read_u32(this_thread() + OFFSET_TASK_FLAGS) & PF_EXITING;
 
-	end_vmm(ctx->args[0], exits ? END_EXITED : END_EXECED);
+	end_vmm(memory_of(ctx->args[0]), exits ? END_EXITED : END_EXECED, 0);
 	return 0;
 }
 
 /*
  * Raw tracepoint sched_process_exit (struct task_struct *task, ...): every thread, still with its descriptors. Kernels
- * without exit_mmap have let its memory go by then, but for active_mm.
+ * without exit_mmap have let its memory go by then.
  */
 int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
-	u64 thread = ctx->args[0];
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u64 thread = ctx->args[0], *memory = mms.lookup(&pid);
 	struct in_ioctl *in = threads.lookup(&thread);
 
 	if (in) {
 		returned(in);
 		threads.delete(&thread);
 	}
-	given_up(read_u64(thread + OFFSET_ACTIVE_MM), END_EXITED);
+	if (memory)
+		end_unused_vmm(*memory, END_EXITED, 0);
 	return 0;
 }
 
@@ -723,9 +746,9 @@ int on_process_exit(struct bpf_raw_tracepoint_args *ctx)
 int on_process_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
-	u64 *mm = mms.lookup(&pid);
+	u64 *memory = mms.lookup(&pid);
 
-	if (mm)
-		given_up(*mm, END_EXECED);
+	if (memory)
+		end_unused_vmm(*memory, END_EXECED, 0);
 	return 0;
 }

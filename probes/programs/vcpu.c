@@ -52,8 +52,7 @@
 /* What probes/programs/tracepoint.c knows of a vCPU, which nobody tells it the end of. */
 struct end_state {
 	u64 file;		/* its struct file */
-	u64 mm;			/* of its VMM, kvm->mm */
-	u64 since;		/* when that VMM was first seen */
+	u64 vmm;		/* the number of its VMM's memory */
 	u64 ns;			/* when a system call began that may end it: */
 	u64 word;		/* its requests word as it was then, */
 	u64 exits;		/* and how often it had left the guest */
