@@ -238,7 +238,7 @@ def test_one_bad_recording_among_good_ones(lost: Path, tmp_path: Path) -> None:
         ('{"schema": 1', "is damaged"),
         ("[1]", "names no schema"),
         ('{"schema": 999}', "this kvmreq reads up to"),
-        ('{"schema": 1}', "it lacks host"),
+        ('{"schema": 1}', "missing required field `host`"),
     ],
 )
 def test_a_bad_meta(copy: Path, meta: str, says: str) -> None:
