@@ -19,8 +19,9 @@ import pandas as pd
 from analysis.lifecycle import lifecycle_table, shutdown_table
 from analysis.passes import Pass, Table, in_order
 from analysis.periods import IN_KERNEL, PERIODS, Edges, edges_of
+from analysis.words import Copy
 from probes.requests import TRIPLE_FAULT, bit_name
-from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, VALID_TRIPLE_FAULT, End, Flag, Kind, requested
+from probes.schema import PAYLOAD_FLAGS, PAYLOAD_PENDING, TELLS_READS, End, Flag, Kind, requested
 from probes.uapi import ioctl
 from reports import protobuf as pb
 from reports.events import hardware_exits, mode, request_flags, targets
@@ -132,7 +133,12 @@ class _Trace:
         self._meta = meta
         self._strings = _Strings()
         self._requests_by_bit = {int(bit): name for bit, name in meta["requests_by_bit"].items()}
-        self._walk = Pass(self._requests_by_bit, full=meta["detail"] == "full", periods=True)
+        self._walk = Pass(
+            self._requests_by_bit,
+            full=meta["detail"] == "full",
+            reads=meta["schema"] >= TELLS_READS,
+            periods=True,
+        )
         self._bits = {str(name): int(bit) for bit, name in meta["requests_by_bit"].items()}
         self._names = {bit: shown(str(name)) for name, bit in self._bits.items()}
         self._exits = hardware_exits(meta)
@@ -172,7 +178,9 @@ class _Trace:
                 yield from self._emit([self._drawn(periods), *self._marks(chunk), *self._remote(chunk)])
         given = self._walk.given()
         yield from self._lifecycles(given.finished)
-        yield from self._emit([*self._shutdowns(given.shutdowns), *self._losses(loss, until_ns)])
+        yield from self._emit(
+            [*self._shutdowns(given.shutdowns), *self._copies(given.copies), *self._losses(loss, until_ns)]
+        )
         self._loss = loss
         self._until_ns = max(self._until_ns, until_ns)
         if len(self._strings) > _STRINGS:
@@ -181,7 +189,9 @@ class _Trace:
     def finish(self) -> Iterator[bytes]:
         self._walk.finish(self._loss)
         yield from self._emit([self._drawn(edges_of(self._walk.edges()))])
-        yield from self._lifecycles(self._walk.given().finished)
+        given = self._walk.given()
+        yield from self._lifecycles(given.finished)
+        yield from self._emit(self._copies(given.copies))
         ended_ns = max(self._until_ns, int(self._meta.get("ended_ns") or 0))
         yield from self._emit([self._events(_END, _uuid(_ROOT), None, None, [ended_ns])])
 
@@ -364,14 +374,13 @@ class _Trace:
         telling = events[np.isin(events["kind"], kinds)]
         result = (telling["arg"] >> np.uint64(32)).astype("u4").view("i4")
         pending = (telling["requests"] & np.uint64(1 << TRIPLE_FAULT)) != 0
-        full = np.uint32(VALID_TRIPLE_FAULT | PAYLOAD_PENDING)
-        carried = (telling["detail"] & full) == full
+        registers = (telling["flags"] & Flag.READ) != 0  # else that is no save yet, and maybe never one
         save, restore, reset, end = (telling["kind"] == kind for kind in kinds)
         failed = result < 0
         parts = []
         for which, name in (
-            (save & ~failed & pending & ~carried, "blind save"),
-            (save & ~failed & (~pending | carried), "save"),
+            (save & ~failed & registers, "save"),
+            (save & ~failed & ~registers, "events read"),
             (save & failed, "failed save"),
             (restore & ~failed, "restore"),
             (restore & failed, "failed restore"),
@@ -464,6 +473,14 @@ class _Trace:
             }
             parts.append(self._events(_INSTANT, track, name, "mark", rows["time_ns"].to_numpy(), arguments))
         return parts
+
+    def _copies(self, copies: Table) -> list[bytes]:
+        """Mark the saves that left a request out."""
+        blind = (copies["what"] == Copy.SAVED) & ~copies["carried"]
+        requests = np.array([self._names.get(bit, bit_name(bit)) for bit in copies["request"][blind].tolist()], object)
+        track = _uuid(_MARKS, copies["vcpu_number"][blind].astype("i8"))
+        times = copies["time_ns"][blind]
+        return [self._events(_INSTANT, track, "blind save", "mark", times, {"request": requests})] if len(times) else []
 
     def _losses(self, loss: Loss, until_ns: int) -> list[bytes]:
         if loss == self._loss:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,10 @@ WIDTH = 79
 _UNITS = (("s", 1_000_000_000), ("ms", 1_000_000), ("µs", 1_000), ("ns", 1))
 _MINUTE_NS = 60_000_000_000
 _EPOCH = datetime(1970, 1, 1)
+# Combining marks on one character: scripts put up to four there, and more of them hide what is below and above.
+_MOST_MARKS = 4
+# Lines that a cell of a table is folded into.
+_MOST_LINES = 4
 
 
 # --- names --------------------------------------------------------------------------------------------------
@@ -34,7 +39,12 @@ def shown(name: str) -> str:
     >>> shown("a\nb")
     'a\\nb'
     """
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in name)
+    told, marks = [], 0
+    for each in name:
+        marks = marks + 1 if _cell(each) == 0 else 0
+        plain = each.isprintable() and marks <= _MOST_MARKS
+        told.append(each if plain else each.encode("unicode_escape").decode("ascii"))
+    return "".join(told)
 
 
 def guest(name: object, pid: int) -> str:
@@ -73,6 +83,24 @@ def _head(text: str, width: int) -> str:
         if used > width:
             return text[: max(index, 1)]
     return text
+
+
+def folded(text: str, width: int) -> list[str]:
+    """Return a text as a few lines of at most ``width`` cells; of a longer one the last line holds its end.
+
+    >>> folded("web-frontend #12", 8)
+    ['web-fron', 'tend #12']
+    """
+    lines: list[str] = []
+    while cells(text) > width:
+        if len(lines) == _MOST_LINES - 1:
+            return [*lines, "…" + _head(text[::-1], width - 1)[::-1]]
+        head = _head(text, width)
+        space = head.rfind(" ") if not text[len(head) :].startswith(" ") else len(head)
+        head = head[:space] if space > 0 else head
+        lines.append(head)
+        text = text[len(head) :].lstrip(" ")
+    return [*lines, text]
 
 
 def wrap(text: str, *, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
@@ -227,7 +255,10 @@ class Column(NamedTuple):
 def columns(
     layout: Sequence[Column], rows: Sequence[Sequence[str]], *, indent: str = "  ", width: int = WIDTH
 ) -> list[str]:
-    """Return rows as aligned lines of at most ``width`` cells; the widest column gives way first."""
+    """Return rows as aligned lines of at most ``width`` cells; the widest column gives way first.
+
+    What does not fit its column goes on below: to cut it off would make rows alike.
+    """
     table = [[column.heading for column in layout], *rows]
     widths = [max(cells(row[index]) for row in table) for index in range(len(layout))]
     room = width - cells(indent) - 2 * (len(layout) - 1)
@@ -239,7 +270,12 @@ def columns(
         if widest is None:
             break
         widths[widest] -= 1
-    return [(indent + "  ".join(map(aligned, row, widths, layout))).rstrip() for row in table]
+    lines = []
+    for row in table:
+        parts = [folded(text, size) for text, size in zip(row, widths, strict=True)]
+        for texts in zip_longest(*parts, fillvalue=""):
+            lines.append((indent + "  ".join(map(aligned, texts, widths, layout))).rstrip())
+    return lines
 
 
 def aligned(text: str, width: int, column: Column) -> str:

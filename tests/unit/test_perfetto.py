@@ -135,7 +135,8 @@ def test_a_request_is_a_slice_with_its_bounds(tmp_path: Path) -> None:
         "nested": False, "stale": False, "exposed": False,
         "vm": 7, "pid": 4711, "vcpu": 0, "requester_tid": 4780, "requester_cpu": 2,
     }  # fmt: skip
-    assert [(each.begin_ns, each.arguments["triple_fault"]) for each in trace.named("blind save")] == [(3000, True)]
+    marks = [(each.begin_ns, each.arguments) for each in trace.named("blind save")]
+    assert marks == [(3000, {"request": "triple_fault"})]
 
 
 def test_a_request_that_is_open_has_no_end(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_marks(tmp_path: Path) -> None:
             (Kind.VCPU_NEW, {"detail": 7, "arg": 3}),
             (Kind.SAVE, {"arg": GET_EVENTS, "detail": SET & ~PAYLOAD_PENDING}),
             (Kind.RESTORE, {"arg": SET_EVENTS, "detail": SET, "requests": TF}),
-            (Kind.SAVE, {"arg": GET_EVENTS, "detail": SET, "requests": TF}),
+            (Kind.SAVE, {"arg": GET_EVENTS, "detail": SET, "requests": TF, "flags": Flag.READ}),
             (Kind.SAVE, {"arg": GET_EVENTS | EINTR, "requests": TF}),
             (Kind.RESTORE, {"arg": SET_EVENTS | EINTR, "requests": TF}),
             (Kind.RESET, {"arg": SET_SREGS, "requests": TF}),
@@ -301,7 +302,7 @@ def test_marks(tmp_path: Path) -> None:
     marks = [each for each in trace.instants if each.track == ("web\\n$ #7", "vCPU 3", perfetto.MARKS)]
     assert len(marks) == len(trace.instants) == 11
     assert [(each.begin_ns, each.name) for each in sorted(marks, key=lambda each: each.begin_ns)] == [
-        (2100, "save"), (2200, "restore"), (2300, "save"), (2400, "failed save"), (2500, "failed restore"),
+        (2100, "events read"), (2200, "restore"), (2300, "save"), (2400, "failed save"), (2500, "failed restore"),
         (2600, "reset"), (2700, "reset"), (2800, "shutdown exit"), (2900, "shutdown exit"), (3000, "guest died"),
         (3100, "vCPU ends"),
     ]  # fmt: skip
@@ -310,7 +311,7 @@ def test_marks(tmp_path: Path) -> None:
     assert [each.arguments["source"] for each in trace.named("shutdown exit")] == ["request", "hardware"]
     assert [each.arguments["source"] for each in trace.named("guest died")] == ["sev_term"]
     assert trace.named("vCPU ends")[0].arguments == {"how": "destroyed"}
-    assert trace.named("save")[1].arguments == {
+    assert trace.named("save")[0].arguments == {
         "errno": 0, "payload_flags": VALID_TRIPLE_FAULT, "payload_pending": True, "triple_fault": True,
         "kvm_run": False,
     }  # fmt: skip

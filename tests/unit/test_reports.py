@@ -1427,3 +1427,26 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert path.read_text(encoding="utf-8") == written
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_ISREG(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 40])
+def test_a_table_never_makes_rows_alike(width: int) -> None:
+    """What does not fit goes on below; of names that are longer than that, both ends are there."""
+    names = [f"pid {2_870 + number // 40} #{number}" for number in range(1, 101)]
+    names += [f"{'long' * 500} {number}" for number in range(10)]
+    layout = [words.Column("guest", least=width), words.Column("X", right=True)]
+    rows = [[name, "X"] for name in names]
+    lines = words.columns(layout, rows, width=width + 8)[1:]
+    told = re.findall(r"^.+? +X$(?:\n.+(?<!X)$)*", "\n".join(lines), re.MULTILINE)
+    assert len(told) == len(names)
+    if width > 2:
+        assert len({re.sub(r"\s+", "", one) for one in told}) == len(names)
+    assert all(words.cells(line) <= width + 8 for line in lines)
+
+
+def test_marks_that_combine_without_end_are_spelled_out() -> None:
+    """Thousands of them on one character are one cell wide, and cover the page."""
+    told = words.shown("e" + "\u0301" * 5_000)
+    assert told.startswith("e" + "\u0301" * 4 + "\\u0301\\u0301")
+    assert words.cells(told) > 5_000
+    assert words.shown("e\u0302\u0301") == "e\u0302\u0301"
