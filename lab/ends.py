@@ -98,7 +98,7 @@ def close_fails(stage: Stage) -> None:
 
 @scenario(_GOES_ON)
 def table_unshared(stage: Stage) -> None:
-    """A thread closes the fd in a table of its own; the vCPU lives on."""
+    """A thread closes its fd in a table of its own; it lives on."""
 
     def close() -> None:
         tasks.unshare_files()
@@ -111,7 +111,7 @@ def table_unshared(stage: Stage) -> None:
 
 @scenario(_GOES_ON)
 def range_unshared(stage: Stage) -> None:
-    """close_range() with a table of its own closes it there alone."""
+    """close_range() closes it in a table of its own alone."""
     with _exposed(stage) as vcpu:
         in_thread(lambda: tasks.call(tasks.SYS_CLOSE_RANGE, vcpu.fd, vcpu.fd, tasks.CLOSE_RANGE_UNSHARE))
         shut_down(vcpu)
@@ -139,7 +139,7 @@ def in_flight(stage: Stage) -> None:
 
 @scenario(_GOES_ON, needs=[no_mce, no_pidfd_getfd])
 def taken_by_pidfd(stage: Stage) -> None:
-    """pidfd_getfd() makes another descriptor; the first is closed."""
+    """pidfd_getfd() makes another fd of it; the first is closed."""
     with _exposed(stage) as vcpu:
         process = os.pidfd_open(os.getpid())
         copy = tasks.call(tasks.SYS_PIDFD_GETFD, process, vcpu.fd, 0)
@@ -181,7 +181,7 @@ def memory_shared(stage: Stage) -> None:
 
 @scenario(_GOES_ON)
 def creator_gone(stage: Stage) -> None:
-    """The process that created the vCPU has gone; another one with its memory goes on."""
+    """Its creator has gone; one with the same memory goes on."""
     with stage.vm() as vm:
         fd = Sharer(vm.fd, Ioctl.KVM_CREATE_VCPU, files=True).go()
         if fd < 0:
@@ -205,7 +205,7 @@ sys.exit("KVM let a process run the vCPU of another one")
 
 @scenario(_GOES_ON)
 def broker(stage: Stage) -> None:
-    """Another process has the descriptor too, asks in vain, and ends."""
+    """Another process has its fd too, asks in vain, and ends."""
     with _exposed(stage) as vcpu:
         done = subprocess.run(
             [sys.executable, "-c", _BROKER, str(vcpu.fd)],
@@ -221,7 +221,7 @@ def broker(stage: Stage) -> None:
 
 @scenario(lifecycle("lost", vcpu=0, blind_saves=1), lifecycle("delivered", vcpu=1), needs=[no_mce, no_far_descriptors])
 def far_apart(stage: Stage) -> None:
-    """Two vCPUs of one VM have descriptors that are far apart; one ends."""
+    """Two vCPUs have fds that are far apart; one ends."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2 * _FAR), limits[1]))
     with stage.vcpus(2) as (near, far):
@@ -294,3 +294,30 @@ def number_reused(stage: Stage) -> None:
                 fail(vmm)
             return
     raise LabError(f"no process could be given the number {number}", hint="this host makes too many of them")
+
+
+_ROUNDS = 101
+
+
+@scenario(*[lifecycle("delivered")] * _ROUNDS)
+def two_tasks(stage: Stage) -> None:
+    """Delivered 101 times; another thread asks it meanwhile.
+
+    It waits for the vCPU most of the time, and comes to see words that the first one is at work on.
+    """
+    with stage.guest() as vcpu:
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.is_set():
+                vcpu.get_mp_state()
+
+        other = threading.Thread(target=ask)
+        other.start()
+        try:
+            for _ in range(_ROUNDS):
+                raise_by_mce(vcpu)
+                shut_down(vcpu)
+        finally:
+            over.set()
+            other.join()

@@ -70,7 +70,7 @@ _FIELDS = (
     ("OFFSET_VCPU_IDX", "kvm_vcpu.vcpu_idx", True),
 )
 
-# Who is inside an ioctl of a vCPU, which the tracepoint engine alone has to know. With CONFIG_PREEMPT_RT a mutex is an
+# Who is inside an ioctl of a vCPU: the tracepoint engine cannot do without it. With CONFIG_PREEMPT_RT a mutex is an
 # rt_mutex (include/linux/mutex_types.h); the low bits of either's owner are its own.
 _MUTEX_OWNERS = ("kvm_vcpu.mutex.owner", "kvm_vcpu.mutex.rtmutex.owner")
 
@@ -121,8 +121,10 @@ def offsets(btf: Btf, engine: str) -> dict[str, int]:
     Raises :class:`probes.btf.MissingField` for one that they cannot do without.
     """
     found = btf.offsets(_FIELDS)
+    owner = next(filter(btf.has, _MUTEX_OWNERS), None)
+    if owner is not None or engine == "tracepoint":
+        found["OFFSET_MUTEX_OWNER"] = btf.offset(owner or _MUTEX_OWNERS[0])
     if engine == "tracepoint":
-        found["OFFSET_MUTEX_OWNER"] = btf.offset(next(filter(btf.has, _MUTEX_OWNERS), _MUTEX_OWNERS[0]))
         found |= btf.offsets(_ENDS)
         if "OFFSET_F_REF" not in found:
             found["OFFSET_F_COUNT"] = btf.offset("file.f_count")

@@ -433,13 +433,34 @@ static inline void take_reading(struct vcpu_state *state, u64 vcpu, struct readi
 	state->word = reading->word;
 }
 
+/*
+ * Another thread is inside an ioctl of the vCPU: it has vcpu->mutex, for which this one will wait, or which it has given
+ * back. What changes meanwhile is that one's doing, and its own boundaries tell it.
+ */
+static inline int another_is_inside(u64 vcpu)
+{
+#ifdef OFFSET_MUTEX_OWNER
+	u64 owner = read_u64(vcpu + OFFSET_MUTEX_OWNER) & ~7ULL;	/* the low bits are the mutex's own */
+
+	return owner && owner != this_thread();
+#else
+	return 0;
+#endif
+}
+
 /* Read the word at a boundary. An event is sent if a watched bit changed, or `send_if` wants it. */
 #define ALWAYS	(~0ULL)
 static inline void boundary(struct vcpu_state *state, u64 vcpu, u32 kind, u64 arg, u32 detail, u64 send_if)
 {
 	struct reading reading = {};
 
-	take_reading(state, vcpu, &reading);
+	if (kind != KIND_RUN_EXIT && kind != KIND_SITE && kind != KIND_VCPU_END && another_is_inside(vcpu)) {
+		reading.now = bpf_ktime_get_ns();
+		reading.since = state->last_ns;
+		reading.word = reading.before = state->word;
+	} else {
+		take_reading(state, vcpu, &reading);
+	}
 	count(COUNT_BOUNDARIES);
 	if (OWN_ONLY && ((reading.word ^ reading.before) & WATCHED))
 		new_epoch();		/* all that use it are left out otherwise */
