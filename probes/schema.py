@@ -130,8 +130,8 @@ class Flag(IntFlag):
 class End(IntEnum):
     """How a vCPU ended."""
 
-    CLOSED = 1  # the last file descriptor of its process that leads to it was closed
-    EXITED = 2  # its process exited
+    CLOSED = 1  # nothing refers to its file any more
+    EXITED = 2  # its process exited: nobody has that one's memory any more
     EXECED = 3  # its process executed another program
     DESTROYED = 4  # KVM destroyed it
     REUSED = 5  # KVM has created another vCPU in its place

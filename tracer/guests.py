@@ -23,6 +23,7 @@ from tracer.errors import NoSuchGuest
 PROC = Path("/proc")
 _VCPU = re.compile(r"anon_inode:\[?kvm-vcpu(?::\d+)?\]?")
 _ANY_KVM = re.compile(r"anon_inode:\[?kvm-(?:vm|vcpu)(?::\d+)?\]?|/dev/kvm")
+_PIDFD_THREAD = os.O_EXCL  # Linux commit 64bef697d33b ("pidfd: implement PIDFD_THREAD flag for pidfd_open()") (in v6.9)
 _PIDFD_GETFD = 438  # Linux commit 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6)
 
 
@@ -109,9 +110,9 @@ def guest(pid: int) -> Guest:
     return describe(pid, arguments, _read(pid, "cgroup"), _read(pid, "comm").strip())
 
 
-def _links(pid: int) -> Iterator[tuple[int, str]]:
+def _links(pid: int, tid: int | None = None) -> Iterator[tuple[int, str]]:
     try:
-        with os.scandir(PROC / str(pid) / "fd") as entries:
+        with os.scandir(PROC / str(pid) / "task" / str(tid or pid) / "fd") as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     yield int(entry.name), os.readlink(entry.path)  # noqa: PTH115 - a DirEntry is no Path
@@ -119,9 +120,18 @@ def _links(pid: int) -> Iterator[tuple[int, str]]:
         return  # gone, or not ours to look at
 
 
+def _thread_of(pid: int) -> int:
+    """Return a thread of a process that has its descriptors: its first one, or another if that has exited."""
+    with contextlib.suppress(OSError):
+        if (PROC / str(pid) / "task" / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            others = (int(task.name) for task in (PROC / str(pid) / "task").iterdir())
+            return next((tid for tid in others if tid != pid and any(_links(pid, tid))), pid)
+    return pid
+
+
 def vcpu_descriptors(pid: int) -> list[int]:
     """Return the descriptors of a process that lead to vCPUs."""
-    return sorted(number for number, link in _links(pid) if _VCPU.fullmatch(link))
+    return sorted(number for number, link in _links(pid, _thread_of(pid)) if _VCPU.fullmatch(link))
 
 
 def running() -> dict[int, list[int]]:
@@ -139,7 +149,7 @@ def check_vmms(pids: Iterable[int]) -> None:
     for pid in pids:
         if not (PROC / str(pid)).exists():
             raise NoSuchGuest(f"no process {pid}", hint=hint)
-        if not any(_ANY_KVM.fullmatch(link) for _, link in _links(pid)):
+        if not any(_ANY_KVM.fullmatch(link) for _, link in _links(pid, _thread_of(pid))):
             raise NoSuchGuest(f"process {pid} is no VMM: it has no KVM descriptor open", hint=hint)
 
 
@@ -154,13 +164,17 @@ def ask(pid: int, descriptors: Iterable[int]) -> Asked:
     """Make the hooks see these vCPUs of another process now, without waiting for the guest.
 
     Borrows each descriptor (pidfd_getfd) and makes an ioctl that KVM refuses before it touches the vCPU: the guest does
-    not notice. One that has gone meanwhile, or leads elsewhere by now, is neither asked nor refused.
+    not notice. One that has gone meanwhile, or leads elsewhere by now, is neither asked nor refused. Those of a process
+    whose first thread has exited are lent from Linux 6.9 on (PIDFD_THREAD), and refused before.
     """
     libc = ctypes.CDLL(None, use_errno=True)
+    thread = _thread_of(pid)
+    flags = 0 if thread == pid else _PIDFD_THREAD
     try:
-        process = os.pidfd_open(pid)
-    except OSError:
-        return Asked(0, 0)  # gone: nothing to see
+        process = os.pidfd_open(thread, flags)
+    except OSError as error:
+        # Gone: nothing to see. Or a thread that the kernel gives no descriptor of.
+        return Asked(0, len(list(descriptors)) if error.errno == errno.EINVAL else 0)
     asked = refused = 0
     try:
         for number in descriptors:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from lab.child import HELD, child, wait_for
 from lab.runner import runnable
 
-from .session import Vmm, by_pid, recording, report, run, wait_until
+from .session import CHECKOUT, Vmm, by_pid, recording, report, run, wait_until
 
 REASONS = {scenario.name: reason for scenario, reason in runnable()}
 pytestmark = [
@@ -105,6 +106,35 @@ def test_only_the_chosen_vmm_is_traced(tmp_path: Path, vmm: Vmm) -> None:
     document = report(tmp_path / "r")
     assert {vm["pid"] for vm in document["vms"]} == {vmm.pid}
     assert document["summary"] == {"delivered": 1, "copies_without": 0}
+
+
+HOLD = """
+import ctypes, os, sys
+from tracer import guests
+vmm = int(sys.argv[1])
+process = os.pidfd_open(vmm)
+held = [ctypes.CDLL(None).syscall(438, process, fd, 0) for fd in guests.vcpu_descriptors(vmm)]
+print(min(held), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_only_holds_a_descriptor_is_no_vmm(tmp_path: Path, vmm: Vmm) -> None:
+    """It is there before the recording begins, and gone before that ends: the vCPU is its VMM's, and goes on."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(vmm.pid)],
+        cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdin and holder.stdout
+        assert int(holder.stdout.readline()) >= 0
+        with recording(tmp_path / "r"):
+            vmm.tell("mce", "save")
+            holder.stdin.close()
+            assert holder.wait() == 0
+            vmm.tell("run")
+    assert by_pid(report(tmp_path / "r")["vms"], holder.pid) == []
+    row = only(tmp_path / "r", vmm.pid)
+    assert (row["raised_by"], row["end"], row["blind_saves"]) == ("set_mce", "delivered", 1)
 
 
 def test_a_system_call_of_32_bit_code_closes_nothing(tmp_path: Path, vmm: Vmm) -> None:

@@ -115,3 +115,21 @@ def test_what_is_no_vmm_is_refused() -> None:
     with pytest.raises(NoSuchGuest, match=f"no process {most + 1}"):
         guests.check_vmms([most + 1])
     guests.check_vmms([])
+
+
+LEADERLESS = """
+import ctypes, sys, threading
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+def test_a_process_whose_first_thread_has_exited_has_descriptors() -> None:
+    """Its first thread has none any more; another one tells them."""
+    with subprocess.Popen([sys.executable, "-c", LEADERLESS], stdin=subprocess.PIPE) as process:
+        while (tid := guests._thread_of(process.pid)) == process.pid:
+            assert process.poll() is None
+        assert dict(guests._links(process.pid)) == {}
+        assert dict(guests._links(process.pid, tid))
+        assert process.stdin
+        process.stdin.close()
