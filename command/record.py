@@ -199,7 +199,6 @@ def _notes_of(recorder: Recorder) -> None:
 def _wait(recorder: Recorder, child: subprocess.Popen[bytes] | None, stop: Stop, duration_s: float | None) -> None:
     progress = Progress()
     began = time.monotonic()
-    pids = recorder.wish.pids
     while not stop.wanted:
         recorder.poll()
         _notes_of(recorder)
@@ -209,7 +208,7 @@ def _wait(recorder: Recorder, child: subprocess.Popen[bytes] | None, stop: Stop,
             break
         if duration_s is not None and passed >= duration_s:
             break
-        if pids and not any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if recorder.over:
             note("every process that was to be traced has ended")
             break
     progress.clear()

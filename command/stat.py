@@ -8,10 +8,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command.arguments import engine, natural, positive, seconds
 from command.child import check_command, end_command, start_command
@@ -22,6 +22,9 @@ from command.verb import Verb
 from reports.stat_help import HELP
 from tracer.errors import KvmreqError
 from tracer.files import STANDARD_OUTPUT
+
+if TYPE_CHECKING:
+    from tracer.stat import Statistics
 
 _INTERVAL_S = 1
 
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         show = _printer(arguments.format, stack, out)
         child = start_command(command)
         stack.callback(lambda: end_command(child, stop))
-        over = partial(_over, stop, child, arguments.pid, arguments.duration, time.monotonic())
+        over = partial(_over, stop, child, live, arguments.duration, time.monotonic())
         for reading in live.readings(arguments.interval or _INTERVAL_S, over, arguments.count):
             begins.append(reading.begin_ns)
             counts = tally.feed(reading.counts, reading.ended, reading.vcpus if reading.filtered else None)
@@ -118,13 +121,13 @@ def _printer(style: str, stack: contextlib.ExitStack, out: Aside) -> Callable[[d
 
 
 def _over(
-    stop: Stop, child: subprocess.Popen[bytes] | None, pids: Sequence[int], duration_s: float | None, began: float
+    stop: Stop, child: subprocess.Popen[bytes] | None, live: Statistics, duration_s: float | None, began: float
 ) -> bool:
     return (
         stop.wanted
         or (child is not None and child.poll() is not None)
         or (duration_s is not None and time.monotonic() - began >= duration_s)
-        or (bool(pids) and not any(Path(f"/proc/{pid}").exists() for pid in pids))
+        or live.over
     )
 
 

@@ -15,8 +15,9 @@ from probes.program import Settings, offsets
 from probes.requests import TRIPLE_FAULT
 from probes.schema import Flag, Kind
 from tracer import canary, guests, host
-from tracer.engines import Choice, attached, choices, open_engine
+from tracer.engines import ENGINES, Choice, attached, choices, open_engine
 from tracer.errors import KvmreqError
+from tracer.preconditions import PRECONDITIONS
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,10 @@ class Check:
 
 
 def _checks() -> Iterator[Check]:
-    reason = host.not_allowed()
-    yield Check("privileges", reason is None, reason or "all that is needed")
-    own = host.is_root_of_pids()
-    yield Check(
-        "process numbers",
-        own,
-        "the host's own" if own else "this is a container with its own process numbers: guests cannot be told by pid",
-    )
+    for name, check in PRECONDITIONS.items():
+        reasons = [check(engine) for engine in ENGINES]
+        least = min((reason for reason in reasons if reason is not None), key=len, default="")
+        yield Check(name, None in reasons, "as they must be" if None in reasons else least)
     reason = host.no_dev_kvm()
     yield Check("/dev/kvm", reason is None, reason or "can be opened")
     kvm = host.kvm()

@@ -21,6 +21,7 @@ from tracer import ftrace, host
 from tracer.errors import CannotTrace
 from tracer.fentry import no_fentry
 from tracer.loss import Loss
+from tracer.preconditions import unmet
 
 Opened = TypeVar("Opened")
 Proof = TypeVar("Proof")
@@ -91,7 +92,7 @@ class Engine(Protocol):
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 #: In the order of preference.
-_ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
+ENGINES = ("fentry", "kprobe", "tracepoint", "ftrace")
 # A program that a trampoline calls may be preempted, and is left out meanwhile for other tasks of that CPU: what it
 # would have told is missed, and counted. Programs on kprobes and trace events are not preempted. What those miss, for
 # another task's use of a map, is less; but only where somebody counts it are they better.
@@ -104,7 +105,7 @@ def choices(*, full: bool = False) -> list[Choice]:
     ``full``: with the plan for detail full.
     """
     preempted = host.preempts() and host.counts_kprobe_misses()
-    return [_choice(engine, full) for engine in (_PREEMPTED if preempted else _ENGINES)]
+    return [_choice(engine, full) for engine in (_PREEMPTED if preempted else ENGINES)]
 
 
 def first(engine: str, offers: Iterable[Choice], opens: Callable[[Plan], Opened]) -> Taken[Opened]:
@@ -119,7 +120,7 @@ def first(engine: str, offers: Iterable[Choice], opens: Callable[[Plan], Opened]
     if not tried:
         names = ", ".join(choice.engine for choice in known)
         raise CannotTrace(f"unknown engine {engine!r}", hint=f"engines: {names}, auto")
-    refused: list[str] = []
+    refused: list[tuple[str, str | None]] = []
     failed: list[str] = []
     for choice in tried:
         why_not = choice.why_not
@@ -132,14 +133,20 @@ def first(engine: str, offers: Iterable[Choice], opens: Callable[[Plan], Opened]
                 why_not = error.message
                 failed.append(why_not)
             else:
-                why = "asked for" if engine != "auto" else "; ".join(refused) or "the best there is"
+                why = "asked for" if engine != "auto" else _reasons(refused) or "the best there is"
                 return Taken(opened, why, tuple(failed))
-        refused.append(f"{choice.engine}: {why_not}")
+        refused.append((choice.engine, why_not))
     if engine != "auto":
         raise CannotTrace(
             f"the {engine} engine does not work here: {tried[0].why_not}", hint="kvmreq doctor tells which do"
         )
-    raise CannotTrace(f"no engine works here ({'; '.join(refused)})", hint="kvmreq doctor tells more")
+    if len(reasons := {reason for _, reason in refused}) == 1:
+        raise CannotTrace(f"no engine works here: {reasons.pop()}", hint="kvmreq doctor tells more")
+    raise CannotTrace(f"no engine works here ({_reasons(refused)})", hint="kvmreq doctor tells more")
+
+
+def _reasons(refused: Iterable[tuple[str, str | None]]) -> str:
+    return "; ".join(f"{engine}: {reason}" for engine, reason in refused)
 
 
 def open_engine(plan: Plan, settings: Settings, pids: Iterable[int] = ()) -> Engine:
@@ -179,9 +186,10 @@ def uncounted() -> bool:
 
 
 def _refused(engine: str) -> str | None:
-    if engine == "ftrace":
-        return ftrace.refused()
-    reason = host.not_allowed() or host.no_btf() or no_bcc() or host.no_ring()
+    reason = unmet(engine)
+    if engine == "ftrace" or reason is not None:
+        return reason or ftrace.refused()
+    reason = host.no_btf() or no_bcc() or host.no_ring()
     if reason is None and engine == "kprobe":
         reason = host.no_kprobes()
     if reason is None and engine == "tracepoint" and host.kvm().flavours and host.hides_addresses():

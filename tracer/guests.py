@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import re
+import select
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,14 +144,73 @@ def running() -> dict[int, list[int]]:
     return found
 
 
-def check_vmms(pids: Iterable[int]) -> None:
-    """Raise :class:`NoSuchGuest` unless each of these processes is a VMM."""
+class Held:
+    """Processes that were asked for, held: once one has ended its number may be another's."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """Raise :class:`NoSuchGuest` unless each of these processes is a VMM that lives."""
+        self._processes: list[int] = []
+        try:
+            for pid in pids:
+                self._processes.append(_held(pid))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether there were any, and all have ended; one that nobody has waited for yet, too."""
+        return bool(self._processes) and all(map(_ended, self._processes))
+
+    def close(self) -> None:
+        """Let them go."""
+        while self._processes:
+            os.close(self._processes.pop())
+
+
+def _ended(process: int) -> bool:
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _held(pid: int) -> int:
     hint = "kvmreq doctor lists the guests that run here"
-    for pid in pids:
-        if not (PROC / str(pid)).exists():
-            raise NoSuchGuest(f"no process {pid}", hint=hint)
+    found = re.search(r"^Tgid:\s*(\d+)", _read(pid, "status"), re.MULTILINE)
+    if found is None:
+        raise NoSuchGuest(f"no process {pid}", hint=hint)
+    if int(found[1]) != pid:
+        raise NoSuchGuest(
+            f"{pid} is a thread of process {found[1]}", hint=f"-p {found[1]} traces it with all its vCPUs"
+        )
+    try:
+        process = os.pidfd_open(pid)
+    except OSError as error:
+        raise NoSuchGuest(f"no process {pid}: {error.strerror}", hint=hint) from None
+    try:
+        if _ended(process):
+            raise NoSuchGuest(f"process {pid} has ended: its parent has not waited for it yet", hint=hint)
         if not any(_ANY_KVM.fullmatch(link) for _, link in _links(pid, _thread_of(pid))):
             raise NoSuchGuest(f"process {pid} is no VMM: it has no KVM descriptor open", hint=hint)
+    except BaseException:
+        os.close(process)
+        raise
+    return process
+
+
+def not_looked_at() -> list[int]:
+    """Return the processes whose descriptors this one may not look at: nobody knows whether they have vCPUs."""
+    refused = []
+    for process in PROC.iterdir():
+        if process.name.isdigit():
+            try:
+                with os.scandir(process / "fd"):
+                    pass
+            except PermissionError:
+                refused.append(int(process.name))
+            except OSError:
+                continue  # gone
+    return refused
 
 
 class Asked(NamedTuple):

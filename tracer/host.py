@@ -25,8 +25,18 @@ TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 PROC = Path("/proc")
 BUILT = "/boot/config-{}"  # how a release was configured, where distributions put it
 
-# linux/capability.h: numbers of the capabilities that a tracer needs, if it is not root.
-_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
+# linux/capability.h: numbers of the capabilities that a tracer needs. Two of them came with Linux commit a17b53c4a4b5
+# ("bpf, capability: Introduce CAP_BPF") (in v5.8) and the one before it.
+_CAPABILITIES = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+# To look at the descriptors of guests that are other users' (proc_fd_permission() asks for both), and to borrow them.
+_TO_LOOK_UP = {"CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE"}
+_TO_RUN_PROGRAMS = {"CAP_BPF", "CAP_PERFMON"}
 _FIRST_TIME_NAMESPACE = 0xEFFFFFFA  # PROC_TIME_INIT_INO (include/linux/proc_ns.h)
 _FLAVOURS = {"kvm_intel": "Intel VMX", "kvm_amd": "AMD SVM", "kvm_pvm": "PVM"}
 
@@ -86,12 +96,26 @@ def capabilities() -> set[str]:
     return {name for name, number in _CAPABILITIES.items() if mask >> number & 1}
 
 
-def not_allowed() -> str | None:
-    """Say which privileges are missing, if any are."""
-    missing = sorted({"CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE", "CAP_SYS_ADMIN"} - capabilities())
+def not_allowed(engine: str) -> str | None:
+    """Say which privileges an engine lacks, if it lacks any."""
+    needed = _TO_LOOK_UP | (set() if engine == "ftrace" else _TO_RUN_PROGRAMS)
+    if engine == "fentry" and (SYS / "kernel/btf/kvm").exists():
+        # bpf_obj_get_next_id() and bpf_btf_get_fd_by_id() in kernel/bpf/syscall.c, by which a module's types are found.
+        needed |= {"CAP_SYS_ADMIN"}
+    missing = sorted(needed - capabilities())
     if missing:
         return f"this process lacks {', '.join(missing)}: run as root"
     return None
+
+
+def foreign_pids() -> str | None:
+    """Say that processes have other numbers here than the hooks tell, if so."""
+    if is_root_of_pids():
+        return None
+    return (
+        "this process is in a pid namespace, where processes have other numbers than the hooks tell: run it among"
+        " the host's processes (nsenter --target 1 --pid --mount, or a container with --pid=host)"
+    )
 
 
 @dataclass(frozen=True)

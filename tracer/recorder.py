@@ -122,7 +122,7 @@ class Recorder:
 
     def start(self) -> None:
         """Attach, look up the guests that already run, and create the recording. Raises KvmreqError."""
-        guests.check_vmms(self.wish.pids)
+        self._traced = guests.Held(self.wish.pids)
         names = watched(self.wish)
         table = requests.names(host.release())
         settings = Settings(
@@ -192,7 +192,18 @@ class Recorder:
             self._engine.close()
             raise
 
+    @property
+    def over(self) -> bool:
+        """Tell whether every process that was asked for has ended."""
+        return self._traced.ended
+
     def _census(self) -> None:
+        hidden = guests.not_looked_at()
+        if hidden and not self.wish.pids:
+            self._unanswered += len(hidden)
+            self.notes.append(
+                f"{len(hidden)} processes may not be looked at, as {hidden[0]}: guests among them are unknown"
+            )
         for pid, descriptors in guests.running().items():
             if self.wish.pids and pid not in self.wish.pids:
                 continue
@@ -333,6 +344,7 @@ class Recorder:
         finally:
             self._final_loss = self._engine.loss()
             self._engine.close()
+            self._traced.close()
 
 
 def offers() -> Iterable[Choice]:

@@ -185,7 +185,7 @@ class Statistics:
 
     def start(self) -> None:
         """Attach. Raises KvmreqError."""
-        guests.check_vmms(self.only.pids)
+        self._traced = guests.Held(self.only.pids)
         running = guests.running()
         taken = first(self.engine, _offers(), lambda plan: attached(_Programs(plan, self.only.pids), _heard))
         self._programs, heard = taken.opened
@@ -284,9 +284,15 @@ class Statistics:
             self._forget(counts, ended)
             begin = end
 
+    @property
+    def over(self) -> bool:
+        """Tell whether every process that was asked for has ended."""
+        return self._traced.ended
+
     def close(self) -> None:
         """Take every hook away and free everything."""
         self._programs.close()
+        self._traced.close()
 
     def __enter__(self) -> Statistics:
         self.start()

@@ -16,7 +16,7 @@ from probes import plan as plans
 from probes.btf import MissingField
 from probes.plan import Plan
 from probes.program import Settings
-from tracer import bpf, engines, fentry, host
+from tracer import bpf, engines, fentry, host, preconditions
 from tracer.engines import Choice, attached, first
 from tracer.errors import CannotTrace
 
@@ -227,7 +227,7 @@ def test_without_a_ring_that_programs_may_use_no_bpf_engine_is_offered(
 ) -> None:
     """ftrace needs none."""
     monkeypatch.setattr(host, "Btf", lambda: _Types(*fields))
-    monkeypatch.setattr(host, "not_allowed", lambda: None)
+    monkeypatch.setattr(preconditions, "PRECONDITIONS", {})
     monkeypatch.setattr(host, "no_btf", lambda: None)
     monkeypatch.setattr(engines, "no_bcc", lambda: None)
     monkeypatch.setattr(engines, "no_fentry", lambda: "not asked")
@@ -263,7 +263,8 @@ def test_where_addresses_are_hidden_the_tracepoint_engine_needs_a_vm_of_its_own(
     monkeypatch.setattr(host, "_kallsyms", lambda: symbols)
     monkeypatch.setattr(host, "kvm", lambda: host.Kvm(flavours, {}))
     monkeypatch.setattr(host, "no_dev_kvm", lambda: dev_kvm)
-    for free in ("not_allowed", "no_btf", "no_ring"):
+    monkeypatch.setattr(preconditions, "PRECONDITIONS", {})
+    for free in ("no_btf", "no_ring"):
         monkeypatch.setattr(host, free, lambda: None)
     monkeypatch.setattr(engines, "no_bcc", lambda: None)
     assert re.search(why or "^None$", str(engines._refused("tracepoint")))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from probes import fetch, plan
-from tracer import engines, ftrace, host
+from tracer import engines, ftrace, host, preconditions
 from tracer.ftrace import dead, events, locked_down, no_clock, no_probe_events, no_root, no_tracefs, refused, tracefs
 
 
@@ -82,7 +82,7 @@ def test_only_what_a_dead_kvmreq_left_is_removed(tmp_path: Path, monkeypatch: py
 def test_without_bcc_the_bpf_engines_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing imports it to find that out."""
     monkeypatch.setitem(sys.modules, "bcc", None)
-    monkeypatch.setattr(host, "not_allowed", lambda: None)
+    monkeypatch.setattr(preconditions, "PRECONDITIONS", {})
     monkeypatch.setattr(host, "no_btf", lambda: None)
     monkeypatch.setattr(host, "preempts", lambda: False)
     why = {choice.engine: choice.why_not for choice in engines.choices()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,11 +112,46 @@ def test_a_guest_is_plain_data_for_json() -> None:
 def test_what_is_no_vmm_is_refused() -> None:
     """With the pid, and where to find one that is."""
     with pytest.raises(NoSuchGuest, match=rf"process {os.getpid()} is no VMM.*kvmreq doctor"):
-        guests.check_vmms([os.getpid()])
+        guests.Held([os.getpid()])
     most = int(Path("/proc/sys/kernel/pid_max").read_text())
     with pytest.raises(NoSuchGuest, match=f"no process {most + 1}"):
-        guests.check_vmms([most + 1])
-    guests.check_vmms([])
+        guests.Held([most + 1])
+    assert not guests.Held([]).ended
+
+
+def test_a_thread_is_no_process() -> None:
+    """Its number is what `top -H` and QEMU's monitor show: the error names the one to give."""
+    told = threading.Event()
+    thread = threading.Thread(target=told.wait)
+    thread.start()
+    try:
+        with pytest.raises(
+            NoSuchGuest, match=rf"{thread.native_id} is a thread of process {os.getpid()} \(-p {os.getpid()}"
+        ):
+            guests.Held([thread.native_id or 0])
+    finally:
+        told.set()
+
+
+def test_one_that_nobody_has_waited_for_is_none() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(NoSuchGuest, match=f"process {process.pid} has ended"):
+            guests.Held([process.pid])
+
+
+def test_what_is_held_has_ended_when_it_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it is a zombie, and when its number may be another's."""
+    monkeypatch.setattr(guests, "_ANY_KVM", re.compile(".*"))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        held = guests.Held([process.pid])
+        assert not held.ended
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert held.ended
+        process.wait()
+        assert held.ended
+    held.close()
 
 
 LEADERLESS = """
