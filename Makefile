@@ -8,9 +8,11 @@ BENCH_ARGS ?=
 MUTANTS ?=
 KERNELS ?=
 MATRIX_ARGS ?=
+RUNS ?= 1000
+SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check source unit property test mutants matrix bench clean
+.PHONY: help demo check source unit property test soak mutants matrix bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1: /p' $(MAKEFILE_LIST)
@@ -38,6 +40,10 @@ test: ## set up, then check and test the source; TEST_ARGS='-k NAME' goes to pyt
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy --no-error-summary
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+soak: ## set up, then let random faults befall the recorder: a loss is never an all-clear; RUNS=100 SEED=23
+	@./bootstrap test 'make soak'
+	@$(PYTHON) -m tests.live.soak $(RUNS) $(SEED)
 
 mutants: ## set up, then change each rule of the analysis a little: a test must notice; MUTANTS='analysis.rules.x_save*'
 	@./bootstrap mutants 'make mutants'
