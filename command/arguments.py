@@ -16,9 +16,12 @@ def engine(parser: argparse.ArgumentParser, engines: tuple[str, ...] = ENGINES) 
     )
 
 
-def directory(prefix: str) -> Path:
-    """Return where to record when nobody says where."""
-    return Path(f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}")
+def directories(given: Path | None, prefix: str) -> list[Path]:
+    """Return where to record: there, or in the first of these that does not exist when nobody says where."""
+    if given is not None:
+        return [given]
+    name = f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return [Path(name), *(Path(f"{name}-{number}") for number in range(2, 100))]
 
 
 #: The event ring, in MiB: BCC sizes maps in 32 bits, signed.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command.arguments import directory, engine
+from command.arguments import directories, engine
 from command.failure import EXIT_ERROR
 from command.notes import note
 from command.recordings import source
@@ -38,9 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     from tracer.recording import Recording
 
     stop = Stop()
-    path = arguments.output or directory("kvmreq-demo")
-    recorder = Recorder(path, Wish(engine=arguments.engine, requests=("all",)))
+    places = directories(arguments.output, "kvmreq-demo")
+    recorder = Recorder(places[0], Wish(engine=arguments.engine, requests=("all",)), spare=places[1:])
     recorder.start()
+    path = recorder.path
     note(f"tracing with the {recorder.plan.engine} engine into {path}")
     runs: list[runner.Run] = []
     failed = 0

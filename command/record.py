@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command.arguments import MOST_RING_MIB, RING_MIB, directory, engine, positive, ring, seconds
+from command.arguments import MOST_RING_MIB, RING_MIB, directories, engine, positive, ring, seconds
 from command.child import check_command, end_command, start_command
 from command.notes import Aside, Progress, beside, note
 from command.stop import Stop
@@ -84,14 +84,15 @@ def _run(arguments: argparse.Namespace, stop: Stop) -> int:
     from tracer.recorder import Recorder, watched
 
     command: list[str] = arguments.command
-    path = arguments.output or directory("kvmreq")
+    places = directories(arguments.output, "kvmreq")
     wish = _wish(arguments)
-    recorder = Recorder(path, wish)
+    recorder = Recorder(places[0], wish, spare=places[1:])
     if arguments.follow:
         from analysis import compiled
 
         compiled.warm()  # before anything has to be drained
     recorder.start()
+    path = recorder.path
     child: subprocess.Popen[bytes] | None = None
     finish = None
     told = False

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         sys.stdout.buffer.write(html.content(sources))
     else:
-        _print(arguments.format, sources)
+        _print(arguments.format, arguments.recording, sources)
     if arguments.html is not None and not page_alone:
         from reports import html
 
@@ -78,13 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
     return next((status for status in (EXIT_LOST, EXIT_UNDECIDED) if status in statuses), EXIT_NOTHING_LOST)
 
 
-def _print(style: str, sources: Sequence[Source]) -> None:
+def _print(style: str, paths: Sequence[Path], sources: Sequence[Source]) -> None:
     from reports import document, table, text
+    from reports.words import shown
 
     if style == "json":
         sys.stdout.writelines(document.texts([source.judgement for source in sources]))
     elif style == "csv":
-        table.write_lifecycles((source.judgement.lifecycles for source in sources), sys.stdout)
+        names = (shown(str(path)) for path in paths)
+        lifecycles = (source.judgement.lifecycles for source in sources)
+        table.write_lifecycles(zip(names, lifecycles, strict=True), sys.stdout)
     else:
         print("\n".join(text.report(source) for source in sources), end="")
 

@@ -23,14 +23,17 @@ COLUMNS = (
     "ended_ns", "userspace_exits", "saves", "blind_saves", "nested", "stale", "exposed", "why",
     "raised_in", *UNKNOWN,
 )  # fmt: skip
+#: Behind them: which recording it is of, as the user named it. Numbers of VMs count in each anew.
+RECORDING = "recording"
 
 
-def write_lifecycles(tables: Iterable[pd.DataFrame], out: TextIO) -> None:
-    """Write tables of lifecycles as one CSV with a heading; what has not happened, or is not known, is empty."""
+def write_lifecycles(tables: Iterable[tuple[str, pd.DataFrame]], out: TextIO) -> None:
+    """Write lifecycles of recordings as one CSV with a heading; what has not happened, or is not known, is empty."""
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in (row for table in tables for row in each(table, COLUMNS)):
+    writer.writerow((*COLUMNS, RECORDING))
+    for recording, row in ((name, row) for name, table in tables for row in each(table, COLUMNS)):
         for name, unknown in _UNKNOWN.items():
             if row[name] == unknown:
                 row[name] = None
-        writer.writerow([str(value).lower() if isinstance(value, bool) else value for value in row.values()])
+        values = (str(value).lower() if isinstance(value, bool) else value for value in row.values())
+        writer.writerow([*values, recording])

@@ -115,6 +115,7 @@ class Recorder:
 
     path: Path
     wish: Wish
+    spare: Sequence[Path] = ()  # to take instead where the path exists already
     follower: Follower | None = None
     guests: dict[int, guests.Guest] = field(default_factory=dict)
     events: int = 0
@@ -178,7 +179,9 @@ class Recorder:
                     "formats": tracefs.formats(exits.EVENTS),
                     "guests": {},
                 },
+                self.spare,
             )
+            self.path = self._writer.path
             self._segments = _SegmentWriter(self._writer)
             self._batches: list[Batch] = []
             self._held = 0

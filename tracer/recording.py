@@ -14,7 +14,7 @@ import re
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,32 +96,38 @@ def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def _made(path: Path, *spare: Path) -> Path:
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if spare:
+            return _made(*spare)
+        raise BadRecording(
+            f"{path} exists already", hint="a recording is never written over: name another directory with -o"
+        ) from None
+    except OSError as error:
+        raise BadRecording(
+            f"{path} cannot be created: {_reason(error)}", hint="name a directory that can be written with -o"
+        ) from error
+    return path
+
+
 class Writer:
     """A recording that is being made.
 
     Raises :class:`BadRecording` when the directory exists or cannot be written. ``meta`` is written at once and again
-    whenever it changes.
+    whenever it changes. ``spare``: directories to take instead, in their order, where the one before exists.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, meta: Mapping[str, Any], spare: Sequence[Path] = ()) -> None:
+        self.path = _made(path, *spare)
         self._meta = {"identity": uuid.uuid4().hex, **meta}
         self.segments = 0
         self.bytes = 0
         try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            raise BadRecording(
-                f"{path} exists already", hint="a recording is never written over: name another directory with -o"
-            ) from None
-        except OSError as error:
-            raise BadRecording(
-                f"{path} cannot be created: {_reason(error)}", hint="name a directory that can be written with -o"
-            ) from error
-        try:
             self.update()
         except BadRecording:
-            path.rmdir()
+            self.path.rmdir()
             raise
 
     def update(self, **changes: Any) -> None:

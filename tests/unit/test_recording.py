@@ -160,6 +160,14 @@ def test_meta_changes_are_whole(recorded: Path) -> None:
     assert Recording.open(recorded).clean
 
 
+def test_where_nobody_says_where_to_the_next_name_is_taken(tmp_path: Path) -> None:
+    """Two that begin in one second, and a third where both names are gone."""
+    names = [tmp_path / name for name in ("r", "r-2")]
+    assert [Writer(names[0], META, names[1:]).path for _ in range(2)] == names
+    with pytest.raises(BadRecording, match="r-2 exists already"):
+        Writer(names[0], META, names[1:])
+
+
 def test_an_existing_directory_is_left_alone(recorded: Path, tmp_path: Path) -> None:
     """A recording, an empty directory, a file: nothing is written over."""
     before = {path.name: path.read_bytes() for path in recorded.iterdir()}

@@ -381,7 +381,7 @@ def several(count: int = 230) -> Any:
 def csv_of(lifecycles: pd.DataFrame) -> str:
     """Return what is written as CSV."""
     out = io.StringIO()
-    table.write_lifecycles([lifecycles], out)
+    table.write_lifecycles([("monday", lifecycles)], out)
     return out.getvalue()
 
 
@@ -517,12 +517,13 @@ def test_csv_has_stable_columns_and_the_numbers_of_the_table() -> None:
     """One row for each lifecycle; what has not ended has no end."""
     found = everything()
     rows = list(csv.DictReader(io.StringIO(csv_of(found.lifecycles))))
-    assert tuple(rows[0]) == table.COLUMNS
+    assert tuple(rows[0]) == (*table.COLUMNS, "recording")
+    assert {row["recording"] for row in rows} == {"monday"}
     assert [row["end"] for row in rows] == list(found.lifecycles["end"])
     assert [row["ended_ns"] for row in rows if row["end"] == "open"] == [""]
     assert rows[0]["stale"] == "false"
     assert [int(row["userspace_exits"]) for row in rows] == list(found.lifecycles["userspace_exits"])
-    assert csv_of(frame(LIFECYCLE, [])) == ",".join(table.COLUMNS) + "\n"
+    assert csv_of(frame(LIFECYCLE, [])) == ",".join((*table.COLUMNS, "recording")) + "\n"
 
 
 # --- the terminal -------------------------------------------------------------------------------------------
