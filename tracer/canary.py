@@ -125,9 +125,7 @@ def untried(heard: Heard) -> list[dict[str, Any]]:
 def _mine(events: Batch) -> npt.NDArray[Any]:
     """Tell of each event whether it is about the canary."""
     new = events[(events["kind"] == Kind.VCPU_NEW) & (events["arg"] == scratch.UNUSUAL_ID)]
-    new = new[new["flags"] & Flag.CREATED != 0]
-    if host.is_root_of_pids():  # else events have numbers of processes that this one does not know
-        new = new[new["pid"] == os.getpid()]
+    new = new[(new["flags"] & Flag.CREATED != 0) & (new["pid"] == os.getpid())]
     of_its_vm = np.isin(events["kind"], _OF_A_VM) & np.isin(events["detail"], new["detail"])
     mine: npt.NDArray[Any] = np.isin(events["vcpu"], new["vcpu"]) | of_its_vm
     return mine

@@ -228,8 +228,7 @@ class Engine:
         self._arrivals = 0
         self._loss = Loss()
         self._detached = False
-        if host.is_root_of_pids():  # else the numbers of processes in those names are not ours to judge
-            remove_dead(root)
+        remove_dead(root)
         try:
             self._make_instance()
         except OSError as error:

@@ -224,9 +224,7 @@ class Recorder:
             before = self._engine.counters()["answered"]
             with self._engine.asking():
                 asked = guests.ask(pid, descriptors)
-            missing = asked.refused
-            if host.is_root_of_pids():  # else the hooks do not know this process, and who it is that asks
-                missing += asked.asked - (self._engine.counters()["answered"] - before)
+            missing = asked.refused + asked.asked - (self._engine.counters()["answered"] - before)
             if missing <= 0:
                 break
         return missing

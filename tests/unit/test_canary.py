@@ -70,7 +70,6 @@ class _Engine:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "no_dev_kvm", lambda: None)
-    monkeypatch.setattr(host, "is_root_of_pids", lambda: True)
     monkeypatch.setattr(canary, "_AWAIT_S", 0.0)
     monkeypatch.setattr(canary, "_LIVES", 1)
 
@@ -127,16 +126,6 @@ def test_one_that_was_missed_is_followed_by_another(monkeypatch: pytest.MonkeyPa
     heard = _listen(monkeypatch, _events(*first), _events(OTHERS[0], late, *second))
     assert heard.own["vcpu"].tolist() == [5, 5, 5, 6, 6, 6]
     assert (heard.others == _events(OTHERS[0])).all()
-
-
-@pytest.mark.usefixtures("_impatient")
-def test_where_process_numbers_are_not_the_hosts_the_canary_is_known_by_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In a container the hooks tell another number of this process."""
-    monkeypatch.setattr(host, "is_root_of_pids", lambda: False)
-    theirs = [{**event, "pid": 1234567} for event in (NEW, RUN, END)]
-    assert len(_listen(monkeypatch, _events(*theirs)).own) == 3
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -97,7 +97,6 @@ def test_every_vcpu_that_was_asked_must_have_answered(
     recorder: Any = Recorder.__new__(Recorder)
     recorder._engine = engine = _Engine(*sees)
     recorder.wish, recorder.notes = Wish(), []
-    monkeypatch.setattr(host, "is_root_of_pids", lambda: True)
     monkeypatch.setattr(guests, "running", lambda: {4711: [11, 12, 13]})
     monkeypatch.setattr(guests, "ask", lambda pid, descriptors: asked)
     recorder._census()
