@@ -343,6 +343,8 @@ class Recorder:
                 guests={str(vm): guest.as_json() for vm, guest in self.guests.items()},
             )
         finally:
+            # Also where something failed: Python's end may wait for ever for a thread that it cuts off in a library.
+            self._segments.finish()
             self._final_loss = self._engine.loss()
             self._engine.close()
             self._traced.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,25 @@ def test_one_that_is_dead_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(23):
         thread.put([np.zeros(2, EVENT)], Loss(), 1)
     thread.finish()
+
+
+def test_a_recorder_that_fails_leaves_no_thread_at_work() -> None:
+    """It may be in the middle of loading a library, and Python's end would wait for that."""
+
+    def update(**_: object) -> None:
+        raise BadRecording("the directory has gone")
+
+    at_work = threading.Event()
+    recorder: Any = Recorder.__new__(Recorder)
+    recorder._engine = SimpleNamespace(pending=0, detach=lambda: None, loss=Loss, close=lambda: None)
+    recorder._writer = SimpleNamespace(path=Path("r"), segment=lambda *_: at_work.wait(0.2), update=update)
+    recorder._segments = thread = _SegmentWriter(recorder._writer)
+    recorder._traced = guests.Held([])
+    recorder._cut = update
+    thread.put([np.zeros(2, EVENT)], Loss(), 1)
+    with pytest.raises(BadRecording, match="has gone"):
+        recorder.stop()
+    assert not thread.is_alive()
 
 
 class _Engine:
