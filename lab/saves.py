@@ -18,6 +18,7 @@ from lab.stage import (
     must_refuse,
     no_mce,
     no_triple_fault_event,
+    read_msr,
     run_until,
     save,
     save_events,
@@ -92,6 +93,17 @@ def events_first(stage: Stage) -> None:
         raise_by_mce(vcpu)
         vcpu.get_vcpu_events()
         Registers.of(vcpu)
+
+
+@scenario(lifecycle("handed_over", saves=1, blind_saves=0), needs=[no_mce, no_triple_fault_event])
+def events_between(stage: Stage) -> None:
+    """A save that reads the events between two sorts of registers."""
+    with stage.guest(triple_fault_event=True) as vcpu:
+        raise_by_mce(vcpu)
+        vcpu.get_regs()
+        vcpu.get_sregs()
+        vcpu.get_vcpu_events()
+        read_msr(vcpu)
 
 
 @scenario(lifecycle("lost", blind_saves=1))

@@ -618,13 +618,18 @@ class Registers(NamedTuple):
     @classmethod
     def of(cls, vcpu: Vcpu) -> Registers:
         """Read them."""
-        return cls(vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_msr(_SYSENTER_CS))
+        return cls(vcpu.get_regs(), vcpu.get_sregs(), read_msr(vcpu))
 
     def put(self, vcpu: Vcpu) -> None:
         """Write them."""
         vcpu.set_sregs(self.sregs)
         vcpu.set_regs(self.regs)
         vcpu.set_msr(_SYSENTER_CS, self.msr)
+
+
+def read_msr(vcpu: Vcpu) -> int:
+    """Read one of the model-specific registers, which stands for all."""
+    return vcpu.get_msr(_SYSENTER_CS)
 
 
 def save_events(vcpu: Vcpu) -> KvmVcpuEvents:

@@ -232,7 +232,7 @@ def test_the_kernels_own_trace_counts_the_same() -> None:
         (["-p", "1"], 1, "no VMM"),
         (["a-recording", "--", "true"], 2, "not both"),
         (["--", "no-such-command"], 1, "command not found"),
-        (["--interval", "0"], 2, "positive number of seconds"),
+        (["--interval", "0"], 2, "not a number of seconds, more than 0"),
     ],
 )
 def test_mistakes_end_in_a_line(arguments: list[str], status: int, said: str) -> None:
