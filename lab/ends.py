@@ -152,11 +152,15 @@ def taken_by_pidfd(stage: Stage) -> None:
 @scenario(lifecycle("lost", blind_saves=1), needs=[no_mce, no_io_uring])
 def registered(stage: Stage) -> None:
     """io_uring alone refers to it, then nothing does."""
-    with _exposed(stage) as vcpu:
+
+    def refer() -> None:
         ring = tasks.IoUring()
         ring.register(vcpu.fd)
         vcpu.close()
         ring.close()
+
+    with _exposed(stage) as vcpu:
+        in_thread(refer)  # the end of a ring can interrupt what its thread does next
 
 
 @scenario(_GOES_ON, needs=[no_mce, no_immediate_exit])

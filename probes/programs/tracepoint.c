@@ -717,9 +717,12 @@ int on_userspace_exit(struct bpf_raw_tracepoint_args *ctx)
 /* Raw tracepoint exit_mmap (struct mm_struct *mm): nobody has it any more. Its last task may still have descriptors. */
 int on_exit_mmap(struct bpf_raw_tracepoint_args *ctx)
 {
-	int exits = read_u32(this_thread() + OFFSET_TASK_FLAGS) & PF_EXITING;
+	u64 memory = memory_of(ctx->args[0]);
+	struct vmm_state *vmm = vmms.lookup(&memory);
+	u32 pid = bpf_get_current_pid_tgid() >> 32, flags = read_u32(this_thread() + OFFSET_TASK_FLAGS);
 
-	end_vmm(memory_of(ctx->args[0]), exits ? END_EXITED : END_EXECED, 0);
+	if (vmm)	/* the last to have it may also be a worker, or whoever reads /proc */
+		end_vmm(memory, pid == vmm->pid && !(flags & PF_EXITING) ? END_EXECED : END_EXITED, 0);
 	return 0;
 }
 
