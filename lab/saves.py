@@ -97,7 +97,7 @@ def events_first(stage: Stage) -> None:
 
 @scenario(lifecycle("handed_over", saves=1, blind_saves=0), needs=[no_mce, no_triple_fault_event])
 def events_between(stage: Stage) -> None:
-    """A save that reads the events between two sorts of registers."""
+    """A save that reads the events amid the registers."""
     with stage.guest(triple_fault_event=True) as vcpu:
         raise_by_mce(vcpu)
         vcpu.get_regs()
