@@ -128,12 +128,12 @@ def one(seed: int, directory: Path) -> tuple[str, str | None]:
         end = time.monotonic() + PATIENCE_S
         while not (path / "meta.json").exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
-        lost = False
+        recording = (path / "meta.json").exists()
         if process.poll() is None:
             with lab("lost", "--repeat", "3"):
                 pass
-            # What is lost once the hooks are set and before the recorder is told to end is lost while it runs.
-            lost = process.poll() is None
+        # What is lost once the hooks are set and before the recorder is told to end is lost while it runs.
+        lost = recording and process.poll() is None
         time.sleep(chance.choice((0, 0, 0.3, 1.3)))
         with contextlib.ExitStack() as stack:
             if chance.random() < 0.5:
