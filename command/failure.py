@@ -29,6 +29,14 @@ def one_line() -> Iterator[None]:
         elsewhere.append(died.exc_value or died.exc_type())
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    def wake(_number: int, _frame: object) -> None:
+        if elsewhere:
+            raise KeyboardInterrupt
+
+    # A shell that starts a command in the background has it ignore SIGINT: nothing would be woken.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, wake)
     before, threading.excepthook = threading.excepthook, ask_for_the_end
     try:
         yield
@@ -41,6 +49,8 @@ def one_line() -> Iterator[None]:
         _fail(_told(elsewhere[0] if elsewhere else error))
     finally:
         threading.excepthook = before
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     if elsewhere:
         _fail(_told(elsewhere[0]))
 

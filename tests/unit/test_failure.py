@@ -28,6 +28,7 @@ ELSEWHERE = "threading.Thread(target=fail).start(); wait()"
 FINISHES = "stop = Stop(); thread = threading.Thread(target=fail); thread.start(); thread.join(); assert stop.wanted"
 
 
+@pytest.mark.parametrize("before", ["", "trap '' INT; "], ids=["", "background"])
 @pytest.mark.parametrize("does", ["fail()", ELSEWHERE, FINISHES])
 @pytest.mark.parametrize(
     ("fails", "says"),
@@ -39,10 +40,11 @@ FINISHES = "stop = Stop(); thread = threading.Thread(target=fail); thread.start(
         ("raise SystemError", "SystemError at <string>:8: "),
     ],
 )
-def test_any_exception_of_any_thread_is_one_line(does: str, fails: str, says: str) -> None:
-    """What waits in the main thread is woken; what finishes its work has failed all the same."""
+def test_any_exception_of_any_thread_is_one_line(does: str, fails: str, says: str, before: str) -> None:
+    """What waits is woken, also in the background; what finishes its work has failed all the same."""
+    code = HERE.format(does=does, fails=fails)
     done = subprocess.run(
-        [sys.executable, "-c", HERE.format(does=does, fails=fails)],
+        ["sh", "-c", f'{before}exec "$0" -c "$1"', sys.executable, code],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
