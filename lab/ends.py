@@ -298,30 +298,3 @@ def number_reused(stage: Stage) -> None:
                 fail(vmm)
             return
     raise LabError(f"no process could be given the number {number}", hint="this host makes too many of them")
-
-
-_ROUNDS = 101
-
-
-@scenario(*[lifecycle("delivered")] * _ROUNDS)
-def two_tasks(stage: Stage) -> None:
-    """Delivered 101 times; another thread asks it meanwhile.
-
-    It waits for the vCPU most of the time, and comes to see words that the first one is at work on.
-    """
-    with stage.guest() as vcpu:
-        over = threading.Event()
-
-        def ask() -> None:
-            while not over.is_set():
-                vcpu.get_mp_state()
-
-        other = threading.Thread(target=ask)
-        other.start()
-        try:
-            for _ in range(_ROUNDS):
-                raise_by_mce(vcpu)
-                shut_down(vcpu)
-        finally:
-            over.set()
-            other.join()
